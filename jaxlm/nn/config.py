@@ -1,0 +1,232 @@
+"""What a model is: frozen, typed configuration of the architecture, free of files and devices."""
+
+import dataclasses
+import math
+from typing import Literal
+
+FF_MULTIPLE = 64
+"""An unset feed-forward width is rounded up to a multiple of this, which keeps it friendly to matrix units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al., 2104.09864), half-split layout, and its extensions.
+
+    Attributes:
+      theta: base of the geometric sequence of wavelengths.
+      kind: how the wavelengths are stretched beyond the original context.
+      factor: stretch factor of `linear`, `dynamic`, `llama3`, `yarn`; null derives it where the kind allows it.
+      partial: share of the head width that is rotated, from the front.
+      original_length: context length that the weights were trained on before extension.
+      low_factor, high_factor: the two limits of `llama3`, in wavelengths per original context.
+      beta_fast, beta_slow: the two limits of `yarn`, in rotations per original context.
+      attention_factor: multiplies cos and sin (`yarn`, `longrope`); null uses the formula of the kind.
+      mscale, mscale_all_dim: the two numbers of yarn's attention factor.
+      truncate: whether yarn's limits are rounded to whole dimensions.
+      short_factor, long_factor: per-frequency divisors of `longrope`.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    factor: float | None = None
+    partial: float = 1.0
+    original_length: int | None = None
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in place of the dense feed-forward layer.
+
+    Attributes:
+      experts: number of experts E.
+      top_k: experts per token.
+      d_ff: width of one expert; null is the model's d_ff.
+      renormalize: whether the top-k gates are divided by their sum.
+      balance: how load is kept even: an auxiliary loss, a selection bias moved after each step, or not at all.
+      aux_weight: weight of the auxiliary loss, which is 1 at perfect balance.
+      z_weight: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
+      bias_rate: step of the selection bias (DeepSeek-V3, 2412.19437).
+      capacity_factor: room per expert over the mean load; null drops nothing.
+      dense_layers: indices of layers that keep a dense feed-forward layer.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    d_ff: int | None = None
+    renormalize: bool = True
+    balance: Literal["aux", "bias", "none"] = "aux"
+    aux_weight: float = 0.01
+    z_weight: float = 0.0
+    bias_rate: float = 0.001
+    capacity_factor: float | None = None
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2106.09685), in PEFT's vocabulary.
+
+    Attributes:
+      r: rank R.
+      alpha: scale numerator; the adapter adds `alpha / r * x A B` (`alpha / sqrt(r)` with rslora).
+      targets: `all-linear` (every projection, no head) or a list of Hugging Face module names.
+      dropout: applied to the adapter's input in training.
+      rslora: rank-stabilised scale (2312.03732).
+      dora: weight-decomposed adapters (2402.09353).
+      rank_pattern, alpha_pattern: per-module overrides, PEFT's patterns.
+    """
+
+    r: int = 16
+    alpha: float = 16.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Fields left null are derived; the derived values are the properties named by the dimension letters D, H, G, K, F,
+    V, N of `jaxlm.types`. `dataclasses.replace` therefore always gives a consistent configuration.
+
+    Attributes:
+      d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, vocab_size: the shape. Null: `n_heads = d_model /
+        head_dim`, `n_kv_heads = n_heads`, `head_dim = d_model / n_heads`, `d_ff` = 8/3 (gated) or 4 times d_model,
+        rounded up to a multiple of 64.
+      norm, norm_eps: kind of normalisation. norm_offset: the weight is stored around 0 and used as 1 + w (Gemma).
+      norm_placement: before each branch, after it (OLMo 2), or both (Gemma 2).
+      qk_norm: RMS norm of queries and keys, over each head or over the whole projection.
+      qkv_bias, o_bias, mlp_bias: biases of the projections.
+      activation, gated: the feed-forward layer is `down(act(gate x) * up x)` if gated, else `down(act(up x))`.
+      tie_embeddings: whether the head is the embedding. embed_scale: embeddings are multiplied by it.
+      embed_std: standard deviation of fresh embeddings; null is 0.02 if tied, else 1.
+      positions: rotary, learned absolute (max_length of them), or none.
+      max_length: longest sequence the model is meant for.
+      rope: rotary settings; local_rope: those of sliding layers where they differ (Gemma 3).
+      window: width of sliding attention, the query itself included. layer_types: repeating pattern of `sliding` and
+        `full` over the layers; null: all slide if window is set.
+      attention_scale: score scale; null is head_dim^-0.5. attention_softcap, logit_softcap: `c * tanh(x / c)`.
+      clip_qkv: queries, keys and values are clamped to +- this.
+      parallel_residual: attention and feed-forward read the same input and are added together.
+      residual: false removes the skip connections (for experiments on depth).
+      logits_multiplier, attention_multiplier, residual_multiplier: the forward scalars of muP, 1 without it.
+      dropout: on embeddings and on each branch's output, in training.
+      moe: mixture of experts. lora: adapters whose trees stand beside the parameters.
+      bos_token_id, eos_token_id, pad_token_id: special tokens; several ends are possible.
+    """
+
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int | None = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    vocab_size: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_offset: bool = False
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    qk_norm: Literal["head", "projection"] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"] = "silu"
+    gated: bool = True
+    tie_embeddings: bool = True
+    embed_scale: float | None = None
+    embed_std: float | None = None
+    positions: Literal["rope", "learned", "none"] = "rope"
+    max_length: int = 2048
+    rope: RopeConfig = RopeConfig()
+    local_rope: RopeConfig | None = None
+    window: int | None = None
+    layer_types: tuple[Literal["sliding", "full"], ...] | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    clip_qkv: float | None = None
+    parallel_residual: bool = False
+    residual: bool = True
+    logits_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    dropout: float = 0.0
+    moe: MoEConfig | None = None
+    lora: LoraConfig | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def D(self) -> int:
+        return self.d_model
+
+    @property
+    def N(self) -> int:
+        return self.n_layers
+
+    @property
+    def H(self) -> int:
+        return self.n_heads if self.n_heads is not None else self.d_model // (self.head_dim or self.d_model)
+
+    @property
+    def G(self) -> int:
+        return self.n_kv_heads if self.n_kv_heads is not None else self.H
+
+    @property
+    def K(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.H
+
+    @property
+    def F(self) -> int:
+        if self.d_ff is not None:
+            return self.d_ff
+        width = self.d_model * (8 / 3 if self.gated else 4)
+        return math.ceil(width / FF_MULTIPLE) * FF_MULTIPLE
+
+    @property
+    def V(self) -> int:
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size: not set; give a number or a tokenizer")
+        return self.vocab_size
+
+    def layer_type(self, layer: int) -> str:
+        """`sliding` or `full`, for the layer of this index."""
+        if self.layer_types is None:
+            return "full" if self.window is None else "sliding"
+        return self.layer_types[layer % len(self.layer_types)]
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the fields, for a shape that cannot be."""
+        for field in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_length"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{field}: {value} is not positive; use a whole number from 1 up")
+        if self.head_dim is None and self.d_model % self.H:
+            raise ValueError(
+                f"model.d_model: {self.d_model} is not a multiple of model.n_heads {self.H}; change one or set head_dim"
+            )
+        if self.n_heads is None and (self.head_dim is None or self.d_model % self.head_dim):
+            raise ValueError("model.n_heads: null needs model.head_dim, a divisor of model.d_model; set one of them")
+        if self.H % self.G:
+            raise ValueError(f"model.n_heads: {self.H} is not a multiple of model.n_kv_heads {self.G}; change one")
+        if self.positions == "rope" and self.K % 2:
+            raise ValueError(f"model.head_dim: {self.K} is odd, which rotary positions cannot use; choose an even one")
+        if self.layer_types is not None and "sliding" in self.layer_types and self.window is None:
+            raise ValueError("model.window: null, but model.layer_types has sliding layers; set the window's width")
+        if self.moe is not None and not 1 <= self.moe.top_k <= self.moe.experts:
+            raise ValueError(f"model.moe.top_k: {self.moe.top_k} is not in 1..{self.moe.experts} (model.moe.experts)")
