@@ -1,0 +1,51 @@
+"""Attention as the formula says it, with every score in memory: what the other forms are held to."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.kernels.masks import AttentionMask, allowed_BxLxS, complete
+from jaxlm.types import Array
+
+FAR_BELOW = -1e30
+"""Stands for minus infinity among scores: finite, so that a row without any key gives no NaN."""
+
+
+def reference_attention(
+    q_BxLxHxK: Array,
+    k_BxSxGxK: Array,
+    v_BxSxGxK: Array,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
+) -> Array:
+    """`softmax(cap(scale * q k^T), where allowed) v`, by plain operations that can be differentiated any number of times.
+
+    `cap(s) = softcap * tanh(s / softcap)`. Query head h uses key head `h // (H / G)`. Scores and softmax are float32;
+    probabilities are rounded to the dtype of `v` for the last product, which sums in float32. Memory B * H * L * S.
+
+    Args:
+      q_BxLxHxK: queries, [B, L, H, K].
+      k_BxSxGxK, v_BxSxGxK: keys and values, [B, S, G, K], G a divisor of H.
+      mask: who sees whom.
+      scale: multiplies the scores, usually `K ** -0.5`.
+      softcap: null, or the cap.
+
+    Returns:
+      [B, L, H, K] in the dtype of `q`; 0 for queries that see no key.
+    """
+    batch, n_queries, heads, width = q_BxLxHxK.shape
+    groups = k_BxSxGxK.shape[2]
+    mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
+    q = q_BxLxHxK.reshape(batch, n_queries, groups, heads // groups, width)
+    s = jnp.einsum("blgrk,bsgk->bgrls", q, k_BxSxGxK, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    allowed = jnp.broadcast_to(allowed_BxLxS(mask, q.shape, s.shape[-1])[:, None, None], s.shape)
+    s = jnp.where(allowed, s, FAR_BELOW)
+    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    p = jnp.where(allowed, jnp.exp(s - top), 0.0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    p = p / jnp.where(total == 0.0, 1.0, total)
+    o = jnp.einsum("bgrls,bsgk->blgrk", p.astype(v_BxSxGxK.dtype), v_BxSxGxK, preferred_element_type=jnp.float32)
+    return o.reshape(q_BxLxHxK.shape).astype(q_BxLxHxK.dtype)
