@@ -12,7 +12,9 @@ __all__ = ["AttentionMask", "attention", "blockwise_attention", "choose", "refer
 BACKENDS = {"reference": reference_attention, "blockwise": blockwise_attention}
 
 
-def choose(q: jax.Array, k: jax.Array, *, mask: AttentionMask, softcap: float | None, backend: str | None = None) -> str:
+def choose(
+    q: jax.Array, k: jax.Array, *, mask: AttentionMask, softcap: float | None, backend: str | None = None
+) -> str:
     """The name of the backend that `attention` uses for operands of these shapes and dtypes."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"attention backend: {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
