@@ -1,0 +1,37 @@
+"""How a model is computed, apart from what it is: precision, memory policy, kernels, placement."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jaxlm.types import Array
+
+RematPolicy = Literal["none", "dots", "block", "full", "offload"]
+
+
+def unconstrained(x: Array) -> Array:
+    """The placement constraint of a single device: none."""
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Run-time choices that leave the numbers alone, up to rounding.
+
+    Attributes:
+      dtype: of activations and of the operands of matrix products; parameters keep their own.
+      remat: what the backward pass may keep of a layer: `none` recomputes nothing, `dots` keeps matrix products,
+        `block` the outputs of attention and feed-forward, `full` only the layer's input, `offload` as `block` but in
+        host memory.
+      scan: whether stacked layers are walked by `jax.lax.scan` (short compile) or unrolled (faster steps on CPU).
+      attention: a forced attention backend; None chooses by platform, shape and feature.
+      constrain: places activations [B, L, D] on the mesh at layer boundaries.
+      mesh: the device mesh, for kernels that communicate by themselves.
+    """
+
+    dtype: str = "float32"
+    remat: RematPolicy = "none"
+    scan: bool = True
+    attention: str | None = None
+    constrain: Callable[[Array], Array] = unconstrained
+    mesh: Any = None

@@ -1,0 +1,140 @@
+"""The one training step: gradient of any objective, accumulated in float32, guarded, applied."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.types import Apply, Array, Batch, Objective, Tree, Variables
+
+Metrics = dict[str, Array]
+
+
+class State(NamedTuple):
+    """Everything that a step changes; a plain pytree.
+
+    Attributes:
+      step: int32, steps taken, skipped ones included; with the seed it determines data order and randomness.
+      applied: int32, updates applied; the position on the learning-rate schedule.
+      params: the trained trees by collection, float32.
+      opt_state: of the optimiser chain.
+      ema: exponential moving average of params, or None.
+    """
+
+    step: Array
+    applied: Array
+    params: Variables
+    opt_state: Tree
+    ema: Variables | None
+
+
+class Recipe(NamedTuple):
+    """What a step is made of, all static.
+
+    Attributes:
+      objective: what is minimised.
+      apply: the model.
+      optimizer: an Optax chain; it may take `grad_fn` (SAM).
+      schedule: applied updates -> learning rate, for the metrics.
+      accumulation: microbatches a step.
+      ema: decay of the moving average, or None.
+      seed: of all randomness.
+    """
+
+    objective: Objective
+    apply: Apply
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: Callable[[Array], Array]
+    accumulation: int = 1
+    ema: float | None = None
+    seed: int = 0
+
+
+def init_state(recipe: Recipe, params: Variables) -> State:
+    """The state before the first step; pure, so it can be built under `jit(out_shardings=...)`."""
+    zero = jnp.zeros((), jnp.int32)
+    ema = None if recipe.ema is None else jax.tree.map(jnp.copy, params)
+    return State(zero, zero, params, recipe.optimizer.init(params), ema)
+
+
+def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) -> tuple[State, Metrics]:
+    """One optimiser step on one global batch.
+
+    The weights of the whole batch are found first; every microbatch then contributes its share, and shares add up to
+    the gradient of the one batch. A step whose loss or gradient is not finite changes nothing but the step count.
+
+    Args:
+      recipe: static parts; close over it before `jax.jit`.
+      state: see `State`; donate it.
+      frozen: trees that are used but not trained.
+      batch: arrays [B, ...]; B is a multiple of `recipe.accumulation`.
+
+    Returns:
+      The new state, and scalars: loss, grad_norm (before clipping), learning_rate, skipped (0 or 1), and those of the
+      objective. They belong to the parameters before the update.
+    """
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    batch = jax.lax.stop_gradient(recipe.objective.prepare(recipe.apply, state.params, frozen, batch, key))
+    gradient = accumulated(recipe, frozen, batch, key)
+    loss, metrics, grads = gradient(state.params)
+    norm = optax.tree.norm(grads)
+
+    def grad_fn(params: Variables) -> tuple[Array, Variables]:
+        value, _, grads = gradient(params)
+        return value, grads
+
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params, grad_fn=grad_fn)
+    new = State(
+        step=state.step,
+        applied=state.applied + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        ema=None,
+    )
+    if recipe.ema is not None:
+        new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1.0 - recipe.ema))
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics |= {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": recipe.schedule(state.applied),
+        "skipped": 1.0 - finite.astype(jnp.float32),
+    }
+    return new._replace(step=state.step + 1), metrics
+
+
+def accumulated(
+    recipe: Recipe, frozen: Variables, batch: Batch, key: Array
+) -> Callable[[Variables], tuple[Array, Metrics, Variables]]:
+    """params -> (loss, metrics, gradient) of the whole batch, made of `recipe.accumulation` microbatches in turn."""
+    weights = recipe.objective.weights(batch)
+
+    def one(params: Variables, rows: Batch, key: Array) -> tuple[Array, Metrics, Variables]:
+        def loss(params: Variables) -> tuple[Array, Metrics]:
+            return recipe.objective.loss(recipe.apply, params, frozen, rows, weights, key)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, metrics, grads
+
+    if recipe.accumulation == 1:
+        return lambda params: one(params, batch, key)
+    parts = jax.tree.map(lambda x: _deal(x, recipe.accumulation), batch)
+
+    def every(params: Variables) -> tuple[Array, Metrics, Variables]:
+        def body(total: Tree, part: tuple[Batch, Array]) -> tuple[Tree, None]:
+            rows, index = part
+            return jax.tree.map(jnp.add, total, one(params, rows, jax.random.fold_in(key, index))), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, first, key))
+        return jax.lax.scan(body, zero, (parts, jnp.arange(recipe.accumulation)))[0]
+
+    return every
+
+
+def _deal(x: Array, hands: int) -> Array:
+    """[B, ...] -> [hands, B / hands, ...]; row b goes to hand b % hands, which moves nothing between devices."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // hands, hands, *x.shape[1:]), 0, 1)
