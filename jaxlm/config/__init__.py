@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxlm.data.config import DataConfig
 from jaxlm.optim.config import OptimizerConfig
-from jaxlm.params.mup import MupConfig
+from jaxlm.params.config import MupConfig
 
 from jaxlm.config.convert import convert
 from jaxlm.config.model import ModelSection, adopt
