@@ -18,8 +18,14 @@ def batch(rows=8, length=6):
 
 
 @pytest.mark.parametrize(
-    "config", [MeshConfig(), MeshConfig(fsdp=2, tensor=2), MeshConfig(context=2, expert=2), MeshConfig(data=1, context=2, tensor=4)]
-)  # fmt: skip
+    "config",
+    [
+        MeshConfig(),
+        MeshConfig(fsdp=2, tensor=2),
+        MeshConfig(context=2, expert=2),
+        MeshConfig(data=1, context=2, tensor=4),
+    ],
+)
 def test_a_batch_is_spread_and_comes_back_unchanged(config):
     mesh, given = meshes.make(config), batch()
     placed = place.place_batch(given, mesh)

@@ -14,7 +14,7 @@ from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
 from jaxlm.dist.mesh import MeshConfig
 from jaxlm.nn import transformer
-from jaxlm.nn.config import ModelConfig, MoEConfig
+from jaxlm.nn.config import ModelConfig
 
 CFG = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=24, max_length=8)
 MESH = MeshConfig(data=1, fsdp=2, tensor=2, expert=2)
