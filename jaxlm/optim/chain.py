@@ -1,21 +1,19 @@
 """Optimizers as Optax chains, read top to bottom."""
 
-from collections.abc import Callable
-
 import jax
 import optax
+from optax import contrib
 
+from jaxlm import tree as trees
 from jaxlm.nn.config import ModelConfig
 from jaxlm.optim import layers, schedules
 from jaxlm.optim.config import OptimizerConfig
 from jaxlm.optim.multipliers import add_decayed_weights, scale_by_multipliers
+from jaxlm.optim.rules import choices, directions
 from jaxlm.optim.sam import sam
 from jaxlm.params import axes
 from jaxlm.params.mup import FAMILIES, Plan
 from jaxlm.types import Tree
-
-Core = Callable[[OptimizerConfig, Tree, Tree], optax.GradientTransformation]
-"""(config, tree of the trained leaves, tree of eps) -> the rule that turns gradients into directions."""
 
 
 def make(
@@ -43,8 +41,7 @@ def make(
     if plan is not None:
         _check_plan(plan, config, tree)
     schedule = schedules.make(config, steps)
-    eps = jax.tree.map(lambda factor: config.eps * factor, _ones(tree) if plan is None else plan.eps)
-    parts = [RULES[config.name](config, tree, eps)]
+    parts = [directions(config, choices(config, tree, eps_values(config, tree, plan)))]
     if plan is not None:
         parts.append(scale_by_multipliers(plan.learning_rate))
     if config.weight_decay > 0:
@@ -53,6 +50,8 @@ def make(
         parts.append(scale_by_multipliers(layers.multipliers(config.layer_lr, model, tree)))
     parts += [optax.scale_by_schedule(schedule), optax.scale(-1.0)]
     chain = optax.chain(*parts)
+    if config.name == "schedule_free":
+        chain = contrib.schedule_free(chain, schedule, config.b1)
     if config.clip is not None:
         chain = optax.chain(optax.clip_by_global_norm(config.clip), chain)
     if config.sam is not None and config.sam.granularity == "batch":
@@ -67,38 +66,21 @@ def decay_rates(config: OptimizerConfig, tree: Tree, plan: Plan | None = None) -
     return jax.tree.map(lambda factor: config.weight_decay * factor, plan.decay)
 
 
-def adam(config: OptimizerConfig, eps: Tree) -> optax.GradientTransformation:
-    """Adam's scaling with an eps per leaf: one `scale_by_adam` for each value of eps."""
-    return by_value(lambda value: optax.scale_by_adam(config.b1, config.b2, value), eps)
+def eps_values(config: OptimizerConfig, tree: Tree, plan: Plan | None = None) -> Tree:
+    """Adam's eps of each leaf."""
+    if plan is None:
+        return jax.tree.map(lambda _: config.eps, tree)
+    return jax.tree.map(lambda factor: config.eps * factor, plan.eps)
 
 
-def by_value(rule: Callable[[float], optax.GradientTransformation], values: Tree) -> optax.GradientTransformation:
-    """`rule(value)` for the leaves of each value: one transformation where all leaves have the same."""
-    known = sorted(set(jax.tree.leaves(values)))
-    if len(known) == 1:
-        return rule(known[0])
-    labels = jax.tree.map(lambda value: f"{value:.6g}", values)
-    return optax.partition({f"{value:.6g}": rule(value) for value in known}, labels)
+def evaluation_params(opt_state: Tree, params: Tree) -> Tree:
+    """The parameters to evaluate and save: `params`, or for `schedule_free` the average that its state implies."""
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_averaging) if _is_averaging(s)]
+    return contrib.schedule_free_eval_params(states[0], params) if states else params
 
 
-def _adamw(config: OptimizerConfig, tree: Tree, eps: Tree) -> optax.GradientTransformation:
-    return adam(config, eps)
-
-
-def _lion(config: OptimizerConfig, tree: Tree, eps: Tree) -> optax.GradientTransformation:
-    return optax.scale_by_lion(config.b1, config.b2)
-
-
-def _sgd(config: OptimizerConfig, tree: Tree, eps: Tree) -> optax.GradientTransformation:
-    return optax.identity() if config.momentum is None else optax.trace(config.momentum)
-
-
-RULES: dict[str, Core] = {"adamw": _adamw, "lion": _lion, "sgd": _sgd}
-"""By name in the configuration."""
-
-
-def _ones(tree: Tree) -> Tree:
-    return jax.tree.map(lambda _: 1.0, tree)
+def _is_averaging(node: object) -> bool:
+    return isinstance(node, contrib.ScheduleFreeState)
 
 
 def _check_plan(plan: Plan, config: OptimizerConfig, tree: Tree) -> None:
@@ -106,7 +88,7 @@ def _check_plan(plan: Plan, config: OptimizerConfig, tree: Tree) -> None:
         raise ValueError(
             f"optimizer.name: {config.name}, but the muP plan is for {plan.optimizer}; make the plan with this name"
         )
-    if jax.tree.structure(plan.eps) != jax.tree.structure(tree):
+    if list(trees.leaves(plan.eps)) != list(trees.leaves(tree)):
         raise ValueError(
             "optim.make: the muP plan has other leaves than the trained tree; make it with mup.plan_tree of that tree"
         )

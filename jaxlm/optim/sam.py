@@ -23,13 +23,13 @@ class SamState(NamedTuple):
     Attributes:
       inner: state of the chain.
       sharpness: float32, L(w + e) - L(w) of the last perturbed step.
-      count: int32, steps done.
+      steps: int32, steps done.
       direction: LookSAM's part of the second gradient that is orthogonal to the first; () where interval is 1.
     """
 
     inner: Any
     sharpness: Array
-    count: Array
+    steps: Array
     direction: Tree
 
 
@@ -82,11 +82,11 @@ def sam(chain: optax.GradientTransformation, config: SamConfig) -> optax.Gradien
             return optax.tree.add_scale(grads, scale, state.direction), state.sharpness, state.direction
 
         if config.interval > 1:
-            second, sharpness, direction = jax.lax.cond(state.count % config.interval == 0, ascend, reuse)
+            second, sharpness, direction = jax.lax.cond(state.steps % config.interval == 0, ascend, reuse)
         else:
             second, sharpness, direction = ascend()
         updates, inner = chain.update(second, state.inner, params, **extra)
-        return updates, SamState(inner, sharpness, state.count + 1, direction)
+        return updates, SamState(inner, sharpness, state.steps + 1, direction)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -4,7 +4,8 @@ muP factors, decay masks, Muon's dimension numbers, layer ids and fresh scales a
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def roles(tree: Tree) -> dict[str, Role]:
     return trees.leaves(named, is_leaf=lambda x: isinstance(x, Role))
 
 
-def map_roles(function, tree: Tree) -> Tree:
+def map_roles(function: Callable[[str, Any, Role], Any], tree: Tree) -> Tree:
     """A tree of `function(path, leaf, role)`: {"norm": {"scale": [D]}} -> {"norm": {"scale": value}}."""
     known = roles(tree)
     return trees.map_with_path(lambda path, leaf: function(path, leaf, known[path]), tree)
@@ -149,7 +150,7 @@ def layer_ids(tree: Tree, cfg: ModelConfig) -> Tree:
     for layer, (name, _) in enumerate(layer_slots(cfg)):
         ids[name].append(layer + 1)
 
-    def number(path: str, leaf: object, role: Role) -> int | np.ndarray:
+    def number(path: str, leaf: Any, role: Role) -> int | np.ndarray:
         stack = stack_name(path)
         if stack is not None:
             return np.array(ids[stack])

@@ -238,10 +238,11 @@ def _leaf_factors(
 
 def _muon_factor(target: ModelConfig, base: ModelConfig, role: Role) -> float:
     """What takes Muon's update, 0.2 sqrt(max(fan_in, fan_out)) in RMS terms, to sqrt(fan_out / fan_in) over shapes."""
-    assert role.fan_in is not None and role.fan_out is not None
+    into, out = role.fan_in, role.fan_out
+    assert into is not None and out is not None
 
     def wanted_over_given(cfg: ModelConfig) -> float:
-        fan_in, fan_out = axes.size(cfg, role.fan_in), axes.size(cfg, role.fan_out)
+        fan_in, fan_out = axes.size(cfg, into), axes.size(cfg, out)
         return (fan_out / fan_in / max(fan_in, fan_out)) ** 0.5
 
     return wanted_over_given(target) / wanted_over_given(base)
