@@ -1,6 +1,7 @@
 """Several processes as one: joining them, agreeing, waiting, and who writes."""
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -25,14 +26,14 @@ class Join(NamedTuple):
     Attributes:
       source: what asked for it, for messages.
       coordinator: host:port of process 0.
-      count: number of processes.
-      index: of this process, from 0.
+      processes: number of them.
+      process: number of this one, from 0.
     """
 
     source: str
     coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    processes: int | None = None
+    process: int | None = None
 
 
 def find_join(environ: Mapping[str, str]) -> Join | None:
@@ -89,7 +90,7 @@ def _slurm(environ: Mapping[str, str]) -> Join | None:
     return Join(f"SLURM nodes {nodes}", f"{first}:{port}", count, int(environ["SLURM_PROCID"]))
 
 
-def initialize(environ: Mapping[str, str] | None = None, timeout: int = TIMEOUT) -> bool:
+def initialize(environ: Mapping[str, str] | None = None, timeout: float = TIMEOUT) -> bool:
     """Join the other processes of this job, if there are any; must come before any use of devices.
 
     Args:
@@ -109,9 +110,11 @@ def initialize(environ: Mapping[str, str] | None = None, timeout: int = TIMEOUT)
     if join is None:
         return False
     try:
-        if join.coordinator is not None and join.count is not None and join.index is not None:
-            rendezvous.meet(join.coordinator, join.count, join.index, timeout)
-        jax.distributed.initialize(join.coordinator, join.count, join.index, initialization_timeout=timeout)
+        if join.coordinator is not None and join.processes is not None and join.process is not None:
+            rendezvous.meet(join.coordinator, join.processes, join.process, timeout)
+        jax.distributed.initialize(
+            join.coordinator, join.processes, join.process, initialization_timeout=math.ceil(timeout)
+        )
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"{join.source}: could not join the other processes within {timeout} s: {error}; check that all of them "

@@ -1,10 +1,12 @@
 """Putting arrays on the mesh and taking them off: batches, activations, states, host copies."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.dist import rules
@@ -44,7 +46,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | N
     Raises:
       ValueError: naming the column, if rows or positions cannot be spread evenly or are not this process's share.
     """
-    result = {}
+    result: Batch = {}
     for name, column in batch.items():
         rows = len(column) if batch_size is None else batch_size
         mine = host_rows(mesh, rows)
@@ -60,9 +62,8 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | N
                 "change one of them"
             )
         sharding = batch_sharding(mesh, column.ndim)
-        result[name] = jax.make_array_from_callback(
-            (rows, *column.shape[1:]), sharding, lambda index, c=column, m=mine: _cut(c, m, index)
-        )
+        cut = functools.partial(_cut, column, mine)
+        result[name] = jax.make_array_from_callback((rows, *column.shape[1:]), sharding, cut)
     return result
 
 
@@ -134,7 +135,6 @@ def gather(tree: Tree) -> Tree:
     def whole(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
-        replicated = NamedSharding(x.sharding.mesh, PartitionSpec())
-        return np.asarray(jax.jit(lambda y: y, out_shardings=replicated)(x))
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     return jax.tree.map(whole, tree)

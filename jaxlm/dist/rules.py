@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import tree as trees
@@ -72,13 +71,11 @@ def shardings(tree: Tree, mesh: Mesh, rules: Rules[Trailing] = RULES) -> Tree:
         is not a multiple of its axes.
     """
     values = trees.apply_rules(rules, tree, name="sharding rules")
-    axes = jax.tree.structure(tree).flatten_up_to(values)
-    paths = trees.leaves(tree)
-    placed = [
-        NamedSharding(mesh, spec(path, tuple(leaf.shape), value, mesh.shape))
-        for (path, leaf), value in zip(paths.items(), axes, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+    def place(path: str, leaf: Any, axes: Trailing) -> NamedSharding:
+        return NamedSharding(mesh, spec(path, tuple(leaf.shape), axes, mesh.shape))
+
+    return trees.map_with_path(place, tree, values)
 
 
 def spec(path: str, shape: tuple[int, ...], axes: Trailing, sizes: Mapping[str, int]) -> PartitionSpec:
