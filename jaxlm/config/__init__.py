@@ -46,13 +46,17 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
 
     def validate(self) -> None:
-        """Raise ValueError, naming the fields, for values or combinations that cannot be."""
+        """Raise ValueError, naming the fields, for values or combinations that cannot be; `load` has done it already."""
+        convert(RunConfig, _plain(self), kinds=CHOICES)
+        self.check_combinations()
+
+    def check_combinations(self) -> None:
+        """The part of `validate` that looks at several fields at once."""
         for section in (self.data, self.train, self.objective, self.optimizer, self.mup, self.mesh):
             if hasattr(section, "validate"):
                 section.validate()
         self.architecture().validate()
-        if self.mup is not None:
-            self._check_base()
+        self._check_base()
         if self.quantize is not None and self.lora is None:
             raise ValueError(
                 f"quantize: {self.quantize} freezes the model, and lora is null; set lora or drop quantize"
@@ -72,16 +76,13 @@ class RunConfig:
 
     def mup_base(self, vocab_size: int | None = None) -> ModelConfig | None:
         """The model at which muP and standard parametrisation agree: `model` with `mup.base` in it."""
-        if self.mup is None:
-            return None
-        given = {key: value for key, value in dataclasses.asdict(self.mup.base).items() if value is not None}
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, **given)).architecture(vocab_size)
+        return None if self.mup is None else self.mup.base_of(self.architecture(vocab_size))
 
     def _check_base(self) -> None:
         base = self.mup_base()
         try:
-            assert base is not None
-            base.validate()
+            if base is not None:
+                base.validate()
         except ValueError as error:
             raise ValueError(str(error).replace("model.", "mup.base.")) from None
 
@@ -99,7 +100,7 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
 def build(raw: Raw) -> RunConfig:
     """Nested mappings as a checked configuration; see `load`."""
     config = convert(RunConfig, raw, kinds=CHOICES)
-    config.validate()
+    config.check_combinations()
     return config
 
 

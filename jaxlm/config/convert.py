@@ -1,4 +1,4 @@
-"""Plain mappings into frozen dataclasses, checked: names, types, choices and ranges, each error with its dotted path."""
+"""Plain mappings into frozen dataclasses: names, types, choices and ranges checked, each error with its dotted path."""
 
 import dataclasses
 import difflib
