@@ -127,6 +127,7 @@ class ModelConfig:
       dropout: on embeddings and on each branch's output, in training.
       moe: mixture of experts. lora: adapters whose trees stand beside the parameters.
       bos_token_id, eos_token_id, pad_token_id: special tokens; several ends are possible.
+      family: Hugging Face model_type that the weights came from; export prefers it, nothing else looks at it.
     """
 
     d_model: int = 256
@@ -170,6 +171,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    family: str | None = None
 
     @property
     def D(self) -> int:

@@ -1,0 +1,247 @@
+"""Model directories -> configuration and parameters, tensor by tensor, straight to where each piece shall live."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import tree
+from jaxlm.interop import hf, names, safetensors
+from jaxlm.interop.hf.rows import Family
+from jaxlm.interop.names import Target
+from jaxlm.interop.safetensors import Entry
+from jaxlm.nn.config import ModelConfig
+from jaxlm.types import Array, Tree, Variables
+
+DTYPES = ("float32", "bfloat16", "float16")
+HEAD = "lm_head.weight"
+COMPARED = 1 << 24
+"""Elements at a time, where two tensors are compared."""
+SMALL = 1 << 24
+"""Bytes up to which a leaf is put together on the host."""
+
+Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.NamedSharding]
+
+
+def load(
+    path: str | Path,
+    dtype: str = "float32",
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
+    *,
+    sharding: Sharding | None = None,
+) -> tuple[ModelConfig, Variables]:
+    """Reads a model.
+
+    Tensors are mapped from the file, cut to what each device holds, and converted and rearranged on the device, one at
+    a time: host memory holds one tensor besides what the devices (on CPU: the result) hold.
+
+    Args:
+      path: a Hugging Face model directory, or a run directory, whose `hf/` is read.
+      dtype: of the parameters: `float32`, `bfloat16` or `float16`.
+      adapter: not supported yet. quantize: not supported yet.
+      sharding: (leaf path, shape and dtype) -> where that leaf lives; null: the default device.
+
+    Returns:
+      The configuration, and {"params": tree}.
+
+    Raises:
+      FileNotFoundError, ValueError: one line naming file, tensor, field or word. Nothing is unpickled, no code of the
+        directory is run.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is unknown; the known ones are {', '.join(DTYPES)}")
+    if adapter is not None:
+        raise ValueError(f"adapter: {str(adapter)!r}: adapters cannot be loaded yet; leave it out")
+    if quantize is not None:
+        raise ValueError(f"quantize: {quantize!r}: quantised loading is not supported yet; leave it out")
+    directory = model_directory(path)
+    cfg, family = _read_config(directory)
+    entries = safetensors.open_directory(directory)
+    cfg = _settle_head(cfg, family, entries)
+    return cfg, {"params": _read_params(cfg, family, entries, str(directory), dtype, sharding)}
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The configuration alone, without looking at weights; `path` and errors as in `load`."""
+    return _read_config(model_directory(path))[0]
+
+
+def model_directory(path: str | Path) -> Path:
+    """The Hugging Face directory that `path` is, or that the run directory `path` holds."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; give a model directory or a run directory")
+    if (path / "config.json").is_file():
+        return path
+    if (path / "hf" / "config.json").is_file():
+        return path / "hf"
+    if (path / "config.yaml").is_file():
+        raise FileNotFoundError(f"{path / 'hf'}: this run has no exported model yet; let it finish, or export it")
+    raise FileNotFoundError(f"{path / 'config.json'}: no such file; is this a model directory?")
+
+
+def _read_config(directory: Path) -> tuple[ModelConfig, Family]:
+    file = directory / "config.json"
+    raw = safetensors.read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object; mend or replace the file")
+    cfg = hf.read_config(raw, str(file))
+    return _generation_ends(cfg, directory), hf.family_of(raw, str(file))
+
+
+def _generation_ends(cfg: ModelConfig, directory: Path) -> ModelConfig:
+    """The ends of generation_config.json, where it has any: they are what generation stops at. That of config.json, if
+    among them, comes first."""
+    raw = read_generation_config(directory)
+    ends = raw.get("eos_token_id")
+    if ends is None:
+        return cfg
+    ends = ends if isinstance(ends, list) else [ends]
+    if not ends or not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"{directory / 'generation_config.json'}: eos_token_id: {ends!r} is not a token id or a list")
+    known = cfg.eos_token_id if isinstance(cfg.eos_token_id, tuple) else (cfg.eos_token_id,)
+    ordered = sorted(dict.fromkeys(ends), key=lambda end: (end not in known, ends.index(end)))
+    return dataclasses.replace(cfg, eos_token_id=ordered[0] if len(ordered) == 1 else tuple(ordered))
+
+
+def read_generation_config(directory: Path) -> Mapping[str, Any]:
+    """generation_config.json, or nothing where there is none."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return {}
+    raw = safetensors.read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object; mend or replace the file")
+    return raw
+
+
+def _settle_head(cfg: ModelConfig, family: Family, entries: dict[str, Entry]) -> ModelConfig:
+    """A tied model whose file has a head too: equal to the embedding it is dropped, different it is kept, untied."""
+    if not cfg.tie_embeddings or HEAD not in entries:
+        return cfg
+    table = family.table(cfg)
+    embedding = next(row.theirs for row in table.top if row.ours == ("embed/kernel",))
+    other = entries.get(embedding, entries.get(embedding.removeprefix(table.prefix)))
+    head = entries[HEAD]
+    if other is not None and _equal(head, other):
+        del entries[HEAD]
+        return cfg
+    warnings.warn(
+        f"{head.file}: {HEAD}: differs from the embedding although config.json says tie_word_embeddings; kept apart",
+        stacklevel=3,
+    )
+    return dataclasses.replace(cfg, tie_embeddings=False)
+
+
+def _equal(a: Entry, b: Entry) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = (entry.view().reshape(-1) for entry in (a, b))
+    return all(np.array_equal(x[i : i + COMPARED], y[i : i + COMPARED]) for i in range(0, x.size, COMPARED))
+
+
+def _read_params(
+    cfg: ModelConfig, family: Family, entries: dict[str, Entry], where: str, dtype: str, sharding: Sharding | None
+) -> Tree:
+    table = family.table(cfg)
+    fused = bool(table.fused) and any(name.endswith(".experts.gate_up_proj") for name in entries)
+    leaves = names.abstract(cfg)
+    wanted = names.targets(cfg, table, leaves, fused)
+    chosen = names.match(entries, wanted, table, where)
+    for name, full in chosen.items():
+        _check(entries[name], name, wanted[full])
+    places = {path: None if sharding is None else sharding(path, _typed(leaf, dtype)) for path, leaf in leaves.items()}
+    buffers = {path: _buffer(_typed(leaf, dtype), places[path]) for path, leaf in leaves.items()}
+    # In the order of the file, so that a disk is read in one pass.
+    for name in sorted(chosen, key=lambda name: (entries[name].file, entries[name].offset)):
+        _fill(buffers, entries[name].view(), wanted[chosen[name]])
+    return _nest({path: _placed(buffers.pop(path), places[path]) for path in leaves})
+
+
+def _typed(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+
+def _buffer(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding | None) -> np.ndarray | Array:
+    """Room for a leaf: on its devices, or on the host if it is small, which saves compiling a program for its shape."""
+    if leaf.size * leaf.dtype.itemsize <= SMALL:
+        return np.empty(leaf.shape, leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype, device=place)
+
+
+def _placed(buffer: np.ndarray | Array, place: jax.sharding.NamedSharding | None) -> Array:
+    if isinstance(buffer, jax.Array):
+        return buffer
+    if place is None:
+        return jnp.asarray(buffer)
+    return jax.make_array_from_callback(buffer.shape, place, lambda index: buffer[index])
+
+
+def _check(entry: Entry, name: str, target: Target) -> None:
+    if entry.shape != target.shape:
+        shapes = f"shape {list(entry.shape)}, but config.json asks for {list(target.shape)}"
+        raise ValueError(f"{entry.file}: {name}: {shapes}; the weights do not fit config.json")
+    if not jnp.issubdtype(entry.dtype, jnp.floating):
+        raise ValueError(f"{entry.file}: {name}: dtype {entry.dtype} is no float; quantised weights are not supported")
+
+
+def _fill(buffers: dict[str, np.ndarray | Array], tensor: np.ndarray, target: Target) -> None:
+    """Copies one tensor of a file into the leaves that it belongs to."""
+    start = 0
+    for part in target.parts:
+        width = part.shape[-1] if part.shape else 1
+        piece = tensor
+        if len(target.parts) > 1:
+            where = slice(start, start + width)
+            piece = tensor[..., where, :] if target.transpose else tensor[..., where]
+        start += width
+        buffer = buffers[part.path]
+        if isinstance(buffer, np.ndarray):
+            buffer[part.index] = np.swapaxes(piece, -1, -2) if target.transpose else piece
+            continue
+        placed = _put(piece, buffer, len(part.index), target.transpose)
+        index = tuple(np.int32(i) for i in part.index)
+        # One at a time: a mapped tensor leaves memory before the next is touched.
+        buffers[part.path] = _update(buffer, placed, index, transpose=target.transpose).block_until_ready()
+
+
+def _put(piece: np.ndarray, like: Array, skipped: int, transpose: bool) -> Array:
+    """`piece` on the devices of `like`, laid out as one entry of it, so that every device gets its cut alone."""
+    place = like.sharding
+    if not isinstance(place, jax.sharding.NamedSharding):
+        return jax.device_put(piece, place)
+    spec = list(place.spec) + [None] * (like.ndim - len(place.spec))
+    spec = spec[skipped:]
+    if transpose:
+        spec[-2:] = spec[:-3:-1]
+    cut = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.make_array_from_callback(piece.shape, cut, lambda index: np.ascontiguousarray(piece[index]))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="transpose")
+def _update(buffer: Array, piece: Array, index: tuple[Array, ...], *, transpose: bool) -> Array:
+    """`buffer` with `piece`, transposed and converted, at `buffer[index]`; in place, since the buffer is donated."""
+    piece = jnp.swapaxes(piece, -1, -2) if transpose else piece
+    piece = jnp.expand_dims(piece.astype(buffer.dtype), tuple(range(len(index))))
+    zeros = [jnp.int32(0)] * (buffer.ndim - len(index))
+    return jax.lax.dynamic_update_slice(buffer, piece, (*index, *zeros))
+
+
+def _nest(leaves: dict[str, Array]) -> Tree:
+    """{"a/b": x}  ->  {"a": {"b": x}}"""
+    root: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    assert tree.leaves(root).keys() == leaves.keys()
+    return root

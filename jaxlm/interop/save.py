@@ -1,0 +1,181 @@
+"""Configuration and parameters -> a Hugging Face model directory that appears whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import tree
+from jaxlm.interop import hf, names, safetensors
+from jaxlm.interop.fold import fold
+from jaxlm.interop.names import Target
+from jaxlm.interop.safetensors import NAMES, Tensor
+from jaxlm.nn.config import ModelConfig
+from jaxlm.types import Array, Variables
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes of one file."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def save(
+    path: str | Path,
+    cfg: ModelConfig,
+    variables: Variables,
+    tokenizer: str | Path | None = None,
+    *,
+    shard_size: int = SHARD_SIZE,
+) -> None:
+    """Writes a directory that transformers' from_pretrained loads: config.json, generation_config.json, safetensors.
+
+    Arrays keep their dtype and get the family's names; a tied head is left out. The forward scalars of muP, which no
+    family knows, are multiplied into weights. Everything is written beside `path` and renamed at the end. A `path`
+    that holds a model directory already (a config.json) is replaced as a whole; any other that is not empty is
+    refused.
+
+    Args:
+      path: directory to make.
+      cfg, variables: the model; {"params": tree}.
+      tokenizer: a tokenizer.json, or a directory with one; it is copied, with its configuration and chat template.
+      shard_size: largest size of one weight file in bytes; more is spread over several with an index.
+
+    Raises:
+      ValueError: naming the field that no family can express, the missing part, or the path in the way.
+    """
+    path = Path(path)
+    if set(variables) != {"params"}:
+        extra = ", ".join(sorted(set(variables) ^ {"params"}))
+        raise ValueError(f"variables: {extra}: only the parameters of a whole model can be saved yet")
+    _refuse_occupied(path)
+    source = _tokenizer_files(tokenizer)
+    folds, plain_cfg = fold(cfg)
+    family, written = hf.choose(plain_cfg)
+    leaves = tree.leaves(variables["params"])
+    tensors = _tensors(names.targets(plain_cfg, family.table(plain_cfg), names.abstract(plain_cfg)), leaves, folds)
+    dtype = _common_dtype(tensors)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_json(temporary / "config.json", written | {"dtype": dtype, "torch_dtype": dtype})
+        _write_json(temporary / "generation_config.json", generation_config(cfg))
+        for name, file in source.items():
+            shutil.copyfile(file, temporary / name)
+        if "tokenizer.json" in source and "tokenizer_config.json" not in source:
+            _write_json(temporary / "tokenizer_config.json", tokenizer_config(source["tokenizer.json"], cfg))
+        safetensors.write_directory(temporary, tensors, shard_size)
+        _rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def generation_config(cfg: ModelConfig) -> dict[str, Any]:
+    """Contents of generation_config.json: the special tokens that generation needs."""
+    eos = list(cfg.eos_token_id) if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id
+    ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos, "pad_token_id": cfg.pad_token_id}
+    return {"_from_model_config": True} | {name: value for name, value in ids.items() if value is not None}
+
+
+def tokenizer_config(file: Path, cfg: ModelConfig) -> dict[str, Any]:
+    """tokenizer_config.json for a bare tokenizer.json: the class that reads it, and the special tokens as text."""
+    contents = safetensors.read_json(file)
+    vocabulary = contents.get("model", {}).get("vocab", {})
+    texts = {i: text for text, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    texts |= {token["id"]: token["content"] for token in contents.get("added_tokens", ())}
+    eos = cfg.eos_token_id[0] if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id
+    named = {"bos_token": cfg.bos_token_id, "eos_token": eos, "pad_token": cfg.pad_token_id}
+    special = {name: texts[i] for name, i in named.items() if i in texts}
+    # Without this, decoding would glue " ." to "." and the like.
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special
+
+
+def _tensors(
+    targets: Mapping[str, Target], leaves: Mapping[str, Array], folds: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+) -> list[Tensor]:
+    known = {part.path for target in targets.values() for part in target.parts}
+    missing, unexpected = sorted(known - leaves.keys()), sorted(leaves.keys() - known)
+    if missing or unexpected:
+        raise ValueError(f"params: missing {missing}, unexpected {unexpected}; the tree does not fit the configuration")
+    for part in (part for target in targets.values() for part in target.parts):
+        if leaves[part.path].shape[len(part.index) :] != part.shape:
+            shape = list(leaves[part.path].shape)
+            raise ValueError(f"{part.path}: shape {shape} does not fit the configuration, which asks for {part.shape}")
+
+    def make(target: Target) -> np.ndarray:
+        pieces = []
+        for part in target.parts:
+            piece = _host(leaves[part.path], part.index)
+            pieces.append(folds[part.path](piece) if part.path in folds else piece)
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
+        return np.swapaxes(whole, -1, -2) if target.transpose else whole
+
+    found = []
+    for name, target in targets.items():
+        dtype = np.dtype(leaves[target.parts[0].path].dtype)
+        if dtype not in NAMES:
+            raise ValueError(f"{target.parts[0].path}: dtype {dtype} cannot be written; convert it first")
+        found.append(Tensor(name, dtype, target.shape, lambda target=target: make(target)))
+    return found
+
+
+def _host(leaf: Array, index: tuple[int, ...]) -> np.ndarray:
+    """One entry of a leaf on the host, without moving the rest."""
+    return np.asarray(jax.device_get(leaf[index] if index else leaf))
+
+
+def _common_dtype(tensors: list[Tensor]) -> str:
+    """The dtype that holds most bytes, by transformers' name."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.size
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _tokenizer_files(tokenizer: str | Path | None) -> dict[str, Path]:
+    if tokenizer is None:
+        return {}
+    given = Path(tokenizer)
+    if given.is_file():
+        return {"tokenizer.json": given}
+    found = {name: given / name for name in TOKENIZER_FILES if (given / name).is_file()}
+    if not found:
+        raise FileNotFoundError(f"{given / 'tokenizer.json'}: no such file; give a tokenizer.json or its directory")
+    return found
+
+
+def _refuse_occupied(path: Path) -> None:
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / "config.json").is_file():
+            raise ValueError(f"{path}: not empty and no model directory, so it is not replaced; choose another path")
+    elif path.exists():
+        raise ValueError(f"{path}: a file is in the way; choose another path")
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Two renames where a directory is replaced, so that `path` is never half of one and half of the other."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = path.parent / f".{path.name}.{os.getpid()}.old"
+    path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old)
+
+
+def _write_json(file: Path, contents: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(contents, indent=2) + "\n")
