@@ -5,16 +5,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jaxlm.data.config import DataConfig
-from jaxlm.optim.config import OptimizerConfig
-from jaxlm.params.config import MupConfig
-
 from jaxlm.config.convert import convert
 from jaxlm.config.model import ModelSection, adopt
 from jaxlm.config.text import Raw, leaf_names, read, write
+from jaxlm.data.config import DataConfig
 from jaxlm.dist.mesh import MeshConfig
 from jaxlm.nn.config import LoraConfig, ModelConfig
 from jaxlm.objectives.config import KINDS, NextTokenConfig, ObjectiveConfig
+from jaxlm.optim.config import OptimizerConfig
+from jaxlm.params.config import MupConfig
 from jaxlm.training.config import RunSection, TrainConfig
 
 __all__ = ["ModelSection", "Raw", "RunConfig", "adopt", "build", "dump", "given_fields", "load", "read"]
@@ -46,7 +45,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
 
     def validate(self) -> None:
-        """Raise ValueError, naming the fields, for values or combinations that cannot be; `load` has done it already."""
+        """Raise ValueError, naming the fields, for values or combinations that cannot be (`load` has done so)."""
         convert(RunConfig, _plain(self), kinds=CHOICES)
         self.check_combinations()
 
