@@ -1,0 +1,37 @@
+"""Where the text comes from and how it is cut into rows: the `data` section of a configuration."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `data` section.
+
+    Attributes:
+      path: a .txt, .jsonl or .parquet file, a folder, a glob, a folder of prepared token bins, or the name of a Hugging
+        Face dataset (`owner/name`, `owner/name:split`; needs the datasets package). Null: the embedded corpus.
+      validation: the same kinds, used whole. Null: a held-out part of path.
+      validation_rows: at most so many rows of a held-out part are evaluated, evenly spaced over it.
+      sequence_length: L, tokens a row.
+      tokenizer: a tokenizer.json or a folder with one. Null: the model's, else one trained on the data.
+      packing: row data only: several examples share a row, kept apart by segments.
+      text_field: the column that holds running text.
+    """
+
+    path: str | None = None
+    validation: str | None = None
+    validation_rows: int = 256
+    sequence_length: int = 256
+    tokenizer: str | None = None
+    packing: bool = False
+    text_field: str = "text"
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the field, for a value that cannot be."""
+        for field in ("sequence_length", "validation_rows"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"data.{field}: {value} is not positive; use a whole number from 1 up")
+        for field in ("path", "validation", "tokenizer", "text_field"):
+            if getattr(self, field) == "":
+                raise ValueError(f"data.{field}: empty; leave it out or give a name")

@@ -1,0 +1,245 @@
+"""From the `data` section to a tokenizer and two sets of rows: the one door that training and evaluation use."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.data.bins import VALIDATION, Bins, check_ids, is_bins, open_bins
+from jaxlm.data.config import DataConfig
+from jaxlm.data.corpus import docstring_tasks
+from jaxlm.data.dataset import Dataset, Rows
+from jaxlm.data.packing import Examples, RunningRows, rows_of
+from jaxlm.data.prepare import bins_tokenizer, prepared, sample, text_parts
+from jaxlm.data.sources import Record, content_hash, digest, is_plain_text, read_records
+from jaxlm.data.splits import SHARE, SMALL_SET, hold_out_rows
+from jaxlm.data.supervised import Render, Sample, encode_samples, read_samples, sample_key
+from jaxlm.data.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, token_bytes, train_tokenizer
+
+VERSION = 1
+"""To be raised with every change of the code that changes the rows made from the same data."""
+
+RUNNING = ("next_token",)
+SUPERVISED = ("sft", "distill")
+
+
+class Data(NamedTuple):
+    """What training reads.
+
+    Attributes:
+      tokenizer: of the data.
+      train, validation: rows of the same length.
+      token_bytes: int32 [V], UTF-8 bytes behind each token, for bits per byte.
+      notes: what the user should be told: examples cut or dropped, a validation set that is not held out.
+    """
+
+    tokenizer: Tokenizer
+    train: Dataset
+    validation: Dataset
+    token_bytes: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """The arguments of `open_data`, checked."""
+
+    config: DataConfig
+    kind: str
+    tokenizer: Tokenizer | None
+    vocab_size: int | None
+    render: Render | None
+
+    @property
+    def name(self) -> str:
+        return f"data.path: {self.config.path or 'the embedded corpus'}"
+
+
+def open_data(
+    config: DataConfig,
+    *,
+    kind: str = "next_token",
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    render: Render | None = None,
+) -> Data:
+    """Open the data of a run, preparing and caching what has to be.
+
+    Running text (`next_token`, and .txt files or token bins for every kind) is cut into rows; rows of data (`sft`,
+    `distill`) become an example each. With `config.path` null, sft trains on the docstring tasks of the embedded
+    corpus and everything else on its text.
+
+    Args:
+      config: the `data` section.
+      kind: the objective's kind.
+      tokenizer: the model's, with its EOS; `config.tokenizer` comes first. Where neither is given, that of the token
+        bins is used, or one of `vocab_size` is trained on the training part.
+      vocab_size: V of the model; None is the tokenizer's. No row holds an id that is not below it.
+      render: the chat template, for rows with messages, see `supervised.Render`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: `where: what; what to do` for everything that is wrong with the configuration or the data.
+    """
+    config.validate()
+    if kind not in RUNNING + SUPERVISED:
+        raise ValueError(f"objective.kind: no rows for {kind}; this door knows {', '.join(RUNNING + SUPERVISED)}")
+    if config.tokenizer is not None:
+        given = tokenizer.eos_id if tokenizer is not None else None
+        loaded = load_tokenizer(config.tokenizer)
+        tokenizer = loaded if loaded.eos_id is not None else dataclasses.replace(loaded, eos_id=given)
+    request = _Request(config, kind, tokenizer, vocab_size, render)
+    return _open_running(request) if _is_running(config, kind) else _open_rows(request)
+
+
+def _is_running(config: DataConfig, kind: str) -> bool:
+    if kind in RUNNING or is_bins(config.path):
+        return True
+    if config.path is None:
+        return kind != "sft"
+    return is_plain_text(config.path)
+
+
+def _open_running(request: _Request) -> Data:
+    config = request.config
+    if is_bins(config.path):
+        bins, tokenizer, content, held_out = _open_given_bins(request)
+    else:
+        content, parts = text_parts(config.path, config.validation, config.text_field)
+        bins, tokenizer = prepared(content, parts, request.tokenizer, request.vocab_size)
+        held_out = open_bins(bins.folder / VALIDATION) if is_bins(bins.folder / VALIDATION) else None
+    vocab_size = request.vocab_size or tokenizer.size
+    for part in (bins, held_out):
+        if part is not None:
+            check_ids(part, vocab_size)
+    length, total = config.sequence_length, len(bins.tokens)
+    if not total:
+        raise ValueError(f"{request.name}: no text; give a file with something in it")
+    if config.validation is not None and held_out is None:
+        raise ValueError(f"data.validation: {config.validation}: no text; give a file with something in it")
+    stop = total if held_out is not None else max(total - max(round(total * SHARE), length + 1), 0)
+    train = RunningRows(bins, length, vocab_size, 0, stop)
+    if held_out is not None:
+        validation = RunningRows(held_out, length, vocab_size, 0, len(held_out.tokens), pad_tail=True)
+    else:
+        validation = RunningRows(bins, length, vocab_size, stop, total, pad_tail=True)
+    for rows, name in ((train, request.name), (validation, _validation_name(config))):
+        if not len(rows):
+            raise ValueError(
+                f"{name}: {rows.stop - rows.start} tokens do not fill one row of {length} (data.sequence_length); "
+                "give more text or lower it"
+            )
+    return _data(request, tokenizer, train, validation, content)
+
+
+def _open_given_bins(request: _Request) -> tuple[Bins, Tokenizer, dict[str, str], Bins | None]:
+    """Token bins that `data.path` names; `data.validation` may name others, or text for the same tokenizer."""
+    config, vocab_size = request.config, request.vocab_size
+    bins = open_bins(config.path or "", vocab_size)
+    tokenizer = request.tokenizer or bins_tokenizer(bins)
+    if tokenizer.sha256 != bins.manifest["tokenizer_sha256"]:
+        raise ValueError(
+            f"data.tokenizer: not the one that made the token bins in {config.path}; leave it out or prepare the text "
+            "again"
+        )
+    vocab_size = vocab_size or tokenizer.size
+    if config.validation is None:
+        own = bins.folder / VALIDATION
+        held_out = open_bins(own, vocab_size) if is_bins(own) else None
+    elif is_bins(config.validation):
+        held_out = open_bins(config.validation, vocab_size)
+    else:
+        text, parts = text_parts(config.validation, None, config.text_field)
+        whole = lambda: (part._replace(held_out=False) for part in parts())  # noqa: E731
+        held_out = prepared(text | {"split": "none"}, whole, tokenizer, None)[0]
+    content = {"data.path": bins.content} | ({"data.validation": held_out.content} if held_out else {})
+    return bins, tokenizer, content, held_out
+
+
+def _open_rows(request: _Request) -> Data:
+    config = request.config
+    samples, held_out, content = _samples(request)
+    notes: list[str] = []
+    if not samples:
+        raise ValueError(f"{request.name}: no rows; give a file with something in it")
+    if not held_out:
+        sides = hold_out_rows([sample_key(sample) for sample in samples])
+        held_out = [sample for sample, side in zip(samples, sides, strict=True) if side]
+        samples = [sample for sample, side in zip(samples, sides, strict=True) if not side]
+    tokenizer = request.tokenizer
+    if tokenizer is None:
+        texts = lambda: (sample.text for sample in samples)  # noqa: E731
+        tokenizer = train_tokenizer(sample(texts), request.vocab_size or DEFAULT_VOCABULARY)
+    train = _examples(request, samples, tokenizer, notes)
+    if not held_out:
+        validation = train
+        notes.append(
+            f"validation: nothing is held out of {len(samples)} rows (fewer than {SMALL_SET}); evaluations are on the "
+            "training rows; set data.validation"
+        )
+    else:
+        validation = _examples(request, held_out, tokenizer, [])
+    length = config.sequence_length
+    rows = [rows_of(part, length, config.packing) for part in (train, validation)]
+    return _data(request, tokenizer, rows[0], rows[1], content)._replace(notes=tuple(notes))
+
+
+def _samples(request: _Request) -> tuple[list[Sample], list[Sample], dict[str, str]]:
+    """The rows of training and of a validation set of its own (else empty), and the hashes of both."""
+    config = request.config
+
+    def read(records: Iterable[Record]) -> list[Sample]:
+        return list(read_samples(records, request.render, config.text_field))
+
+    if config.path is None:
+        parts = [docstring_tasks("train"), docstring_tasks("validation")]
+        rows = [[Record(f"{row['module']}:{row['function']}", dict(row)) for row in part] for part in parts]
+        content = {"data.path": digest(*(row["prompt"] + row["completion"] for part in parts for row in part))}
+        train, held_out = read(rows[0]), read(rows[1])
+    else:
+        content = {"data.path": content_hash(config.path)}
+        train, held_out = read(read_records(config.path, config.text_field)), []
+    if config.validation is not None:
+        content["data.validation"] = content_hash(config.validation, "data.validation")
+        held_out = read(read_records(config.validation, config.text_field, "data.validation"))
+        if not held_out:
+            raise ValueError(f"data.validation: {config.validation}: no rows; give a file with something in it")
+    return train, held_out, content
+
+
+def _examples(request: _Request, samples: list[Sample], tokenizer: Tokenizer, notes: list[str]) -> Examples:
+    examples = encode_samples(samples, tokenizer, request.config.sequence_length)
+    vocab_size = request.vocab_size or tokenizer.size
+    if examples.tokens.size and examples.tokens.max() >= vocab_size:
+        position = int(np.argmax(examples.tokens >= vocab_size))
+        raise ValueError(
+            f"{request.name}: token {position} is id {examples.tokens[position]}, outside the vocabulary of "
+            f"{vocab_size}; use the model's tokenizer or a larger model.vocab_size"
+        )
+    if examples.truncated:
+        notes.append(
+            f"data: {examples.truncated} of {len(samples)} examples were cut to {request.config.sequence_length + 1} "
+            f"tokens; {examples.dropped} of them had no label left and were dropped"
+        )
+    return examples
+
+
+def _data(request: _Request, tokenizer: Tokenizer, train: Rows, validation: Rows, content: dict[str, str]) -> Data:
+    config = request.config
+    identity: dict[str, Any] = content | {
+        "data.tokenizer": tokenizer.sha256,
+        "data.sequence_length": config.sequence_length,
+        "data.packing": config.packing,
+        "end-of-text token": tokenizer.eos_id,
+        "rows": f"{request.kind} {VERSION}",
+    }
+    held_out = Dataset(validation, identity | {"part": "validation"}, _validation_name(config))
+    if config.validation is None:
+        held_out = held_out.spread(config.validation_rows)
+    sizes = token_bytes(tokenizer, max(request.vocab_size or 0, tokenizer.size))
+    return Data(tokenizer, Dataset(train, identity, request.name), held_out, sizes)
+
+
+def _validation_name(config: DataConfig) -> str:
+    return f"data.validation: {config.validation or 'the held-out part of ' + (config.path or 'the embedded corpus')}"
