@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,35 +57,101 @@ def offset_B(mask: AttentionMask, batch: int) -> Array:
     return jnp.broadcast_to(jnp.asarray(mask.q_offset, jnp.int32), (batch,))
 
 
-def allowed_BxLxS(mask: AttentionMask, q_shape: tuple[int, ...], n_keys: int) -> Array:
-    """The whole mask, bool [B, L, S]: for the reference and for short sequences."""
-    batch, n_queries = q_shape[:2]
+class Side(NamedTuple):
+    """Positions and segment ids of some queries or keys, shaped to be broadcast against the other side's.
+
+    Attributes:
+      position: int32 array positions, rank 3.
+      ids: int32 segment ids, rank 3, or null.
+    """
+
+    position: Array
+    ids: Array | None
+
+
+def allowed(mask: AttentionMask, i: Side, j: Side, n_keys: int | None = None) -> Array | None:
+    """Whether each query `i` may see each key `j`: bool, as broad as both; null if all may see all.
+
+    `n_keys` is given where the keys are padded: those from there on are not to be seen.
+    """
+    conditions = []
+    if n_keys is not None:
+        conditions.append(j.position < n_keys)
+    if mask.causal:
+        conditions.append(j.position <= i.position)
+    if mask.window is not None:
+        conditions.append(j.position > i.position - mask.window)
+        if not mask.causal:
+            conditions.append(j.position < i.position + mask.window)
+    if j.ids is not None:
+        conditions.append(j.ids != 0)
+        if i.ids is not None:
+            conditions.append(i.ids == j.ids)
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def allowed_BxLxS(mask: AttentionMask, n_queries: int, n_keys: int, batch: int) -> Array:
+    """The whole mask, bool [B, L, S]."""
     i_BxL = offset_B(mask, batch)[:, None] + jnp.arange(n_queries, dtype=jnp.int32)[None, :]
+    i = Side(i_BxL[:, :, None], None if mask.segments_BxL is None else mask.segments_BxL[:, :, None])
     j_S = jnp.arange(n_keys, dtype=jnp.int32)
-    return tile_allowed(mask, i_BxL, j_S, mask.segments_BxL, mask.segments_BxS, n_keys)
+    j = Side(j_S[None, None, :], None if mask.segments_BxS is None else mask.segments_BxS[:, None, :])
+    result = allowed(mask, i, j)
+    return jnp.broadcast_to(True if result is None else result, (batch, n_queries, n_keys))
 
 
-def tile_allowed(
-    mask: AttentionMask, i_BxL: Array, j_S: Array, segments_BxL: Array | None, segments_BxS: Array | None, n_keys: int
-) -> Array:
-    """The mask of one tile, bool [B, L, S], from the positions and segments of its rows and columns.
+def needed_BxIxJ(mask: AttentionMask, shape: tuple[int, int, int], blocks: tuple[int, int]) -> Array:
+    """Whether a tile of queries x keys can hold an allowed pair, judged by the ranges of positions and ids in it.
 
     Args:
-      mask: gives `causal` and `window`.
-      i_BxL, j_S: int32 array positions of the tile's queries and keys.
-      segments_BxL, segments_BxS: ids of the tile's queries and keys, or null.
-      n_keys: keys from here on are padding of the last tile.
+      mask: complete, see `complete`.
+      shape: B, L, S.
+      blocks: sides of a tile; the last tiles may be shorter.
     """
-    i, j = i_BxL[:, :, None], j_S[None, None, :]
-    allowed = jnp.broadcast_to(j < n_keys, (*i_BxL.shape, j_S.shape[0]))
+    batch, n_queries, n_keys = shape
+    first_I, last_I = _ends(n_queries, blocks[0])
+    first_J, last_J = _ends(n_keys, blocks[1])
+    offset = offset_B(mask, batch)[:, None, None]
+    i_low, i_high = offset + first_I[None, :, None], offset + last_I[None, :, None]
+    j_low, j_high = first_J[None, None, :], last_J[None, None, :]
+    needed = jnp.ones((batch, first_I.shape[0], first_J.shape[0]), bool)
     if mask.causal:
-        allowed &= j <= i
+        needed &= j_low <= i_high
     if mask.window is not None:
-        allowed &= j > i - mask.window
+        needed &= j_high > i_low - mask.window
         if not mask.causal:
-            allowed &= j < i + mask.window
-    if segments_BxS is not None:
-        allowed &= segments_BxS[:, None, :] != 0
-        if segments_BxL is not None:
-            allowed &= segments_BxL[:, :, None] == segments_BxS[:, None, :]
-    return allowed
+            needed &= j_low < i_high + mask.window
+    if mask.segments_BxL is not None:
+        i_min, i_max = _id_range(mask.segments_BxL, blocks[0])
+        j_min, j_max = _id_range(mask.segments_BxS, blocks[1])
+        needed &= (i_min[:, :, None] <= j_max[:, None, :]) & (j_min[:, None, :] <= i_max[:, :, None])
+    return needed
+
+
+def _ends(length: int, block: int) -> tuple[Array, Array]:
+    """First and last position of each block."""
+    first = jnp.arange(0, length, block, dtype=jnp.int32)
+    return first, jnp.minimum(first + block, length) - 1
+
+
+def _id_range(ids_BxL: Array, block: int) -> tuple[Array, Array]:
+    """Smallest and largest id of each block, padding aside; an empty range where all is padding. [B, blocks] each."""
+    ids = pad_to(ids_BxL, block)
+    ids = ids.reshape(ids.shape[0], -1, block)
+    low = jnp.min(jnp.where(ids == 0, jnp.iinfo(jnp.int32).max, ids), axis=-1)
+    high = jnp.max(jnp.where(ids == 0, jnp.iinfo(jnp.int32).min, ids), axis=-1)
+    return low, high
+
+
+def pad_to(x: Array, block: int) -> Array:
+    """Zeros at the end of axis 1, up to a multiple of `block`."""
+    rest = -x.shape[1] % block
+    return jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2)) if rest else x
+
+
+def bounds(needed: Array) -> tuple[Array, Array]:
+    """For each row of [n, m]: the first needed column and one past the last; equal if there is none."""
+    columns = jnp.arange(needed.shape[1], dtype=jnp.int32)[None, :]
+    stop = jnp.max(jnp.where(needed, columns + 1, 0), axis=1)
+    start = jnp.min(jnp.where(needed, columns, needed.shape[1]), axis=1)
+    return jnp.minimum(start, stop), stop

@@ -19,7 +19,7 @@ def reference_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Array:
-    """`softmax(cap(scale * q k^T), where allowed) v`, by plain operations that can be differentiated any number of times.
+    """`softmax(cap(scale q k^T), where allowed) v`, by operations that can be differentiated any number of times.
 
     `cap(s) = softcap * tanh(s / softcap)`. Query head h uses key head `h // (H / G)`. Scores and softmax are float32;
     probabilities are rounded to the dtype of `v` for the last product, which sums in float32. Memory B * H * L * S.
@@ -41,7 +41,7 @@ def reference_attention(
     s = jnp.einsum("blgrk,bsgk->bgrls", q, k_BxSxGxK, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
-    allowed = jnp.broadcast_to(allowed_BxLxS(mask, q.shape, s.shape[-1])[:, None, None], s.shape)
+    allowed = jnp.broadcast_to(allowed_BxLxS(mask, n_queries, s.shape[-1], batch)[:, None, None], s.shape)
     s = jnp.where(allowed, s, FAR_BELOW)
     top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
     p = jnp.where(allowed, jnp.exp(s - top), 0.0)
