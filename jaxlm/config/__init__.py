@@ -77,6 +77,10 @@ class RunConfig:
         """The model at which muP and standard parametrisation agree: `model` with `mup.base` in it."""
         return None if self.mup is None else self.mup.base_of(self.architecture(vocab_size))
 
+    def yaml(self) -> str:
+        """`dump` of this configuration, for rooms that do not import this one."""
+        return dump(self)
+
     def _check_base(self) -> None:
         base = self.mup_base()
         try:

@@ -55,7 +55,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
@@ -87,7 +87,7 @@ def read(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Raw:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    raw = _parse_json(text, str(path)) if path.suffix == ".json" else _parse_yaml(text, str(path))
+    raw = _parse_json(text, str(path)) if path.suffix == ".json" else parse(text, str(path))
     if not isinstance(raw, dict):
         held = "nothing" if raw is None else f"a {type(raw).__name__}"
         raise ValueError(f"{path}: holds {held} instead of sections; write e.g. run: {{dir: runs/name}}")
@@ -132,7 +132,8 @@ def _copy(raw: Any) -> Any:
     return {key: _copy(value) for key, value in raw.items()} if isinstance(raw, dict) else raw
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """YAML as plain values; ValueError names `where:line`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

@@ -1,0 +1,21 @@
+"""What a step minimises: each objective is three pure functions (`jaxlm.types.Objective`).
+
+The modules are imported when an objective is made, so that reading a configuration does not wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from jaxlm.objectives.config import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from jaxlm.types import Objective
+
+OBJECTIVES = {"next_token": "jaxlm.objectives.next_token:next_token"}
+"""Kind -> `module:function`, the function from its configuration to the objective."""
+
+
+def make(config: ObjectiveConfig) -> "Objective":
+    """The objective that the configuration's kind names."""
+    module, _, function = OBJECTIVES[config.kind].partition(":")
+    return getattr(importlib.import_module(module), function)(config)
