@@ -112,4 +112,4 @@ def _spread(scale: Array, width: int) -> Array:
 def _split(tree: Tree, encode: Callable[[Array], tuple[Array, Array]]) -> tuple[Tree, Tree]:
     pairs = [encode(leaf) for leaf in jax.tree.leaves(tree)]
     treedef = jax.tree.structure(tree)
-    return tuple(jax.tree.unflatten(treedef, part) for part in zip(*pairs, strict=True))  # type: ignore[return-value]
+    return tuple(jax.tree.unflatten(treedef, part) for part in zip(*pairs, strict=True))

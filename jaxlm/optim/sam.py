@@ -75,10 +75,11 @@ def sam(chain: optax.GradientTransformation, config: SamConfig) -> optax.Gradien
         def ascend() -> tuple[Tree, Array, Tree]:
             second, higher = _second_gradient(grads, params, grad_fn, config)
             direction = _orthogonal(second, grads) if config.interval > 1 else ()
-            return second, (higher - loss).astype(jnp.float32), direction
+            return second, jnp.asarray(higher - loss, jnp.float32), direction
 
         def reuse() -> tuple[Tree, Array, Tree]:
-            scale = config.look_weight * optax.tree.norm(grads) / (optax.tree.norm(state.direction) + TINY)
+            length = optax.tree.norm(state.direction)
+            scale = config.look_weight * optax.tree.norm(grads) / jnp.where(length > 0, length, 1.0)
             return optax.tree.add_scale(grads, scale, state.direction), state.sharpness, state.direction
 
         if config.interval > 1:
@@ -130,7 +131,7 @@ def per_microbatch(value_and_grad: Callable[..., Any], config: SamConfig) -> Cal
             return higher, second
 
         second, higher = _second_gradient(grads, params, grad_fn, config)
-        return (loss, metrics | {"sam/sharpness": (higher - loss).astype(jnp.float32)}), second
+        return (loss, metrics | {"sam/sharpness": jnp.asarray(higher - loss, jnp.float32)}), second
 
     return perturbed
 

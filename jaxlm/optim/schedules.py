@@ -16,6 +16,7 @@ From step T on the value stays what it is at T.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.optim.config import OptimizerConfig
@@ -42,7 +43,7 @@ def make(config: OptimizerConfig, steps: int) -> Schedule:
     def schedule(count: Array | int) -> Array:
         i = jnp.minimum(jnp.asarray(count), steps)
         rest = end + (1.0 - end) * shape(i)
-        return peak * jnp.where(i < warmup, i / max(warmup, 1), rest)
+        return peak * jnp.where(i < warmup, _divide(i, max(warmup, 1)), rest)
 
     return schedule
 
@@ -52,10 +53,15 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
     return round(config.warmup * steps)
 
 
+def _divide(i: Array, whole: int) -> Array:
+    """A quotient in the default precision: int32 by itself would give float32 under x64 too."""
+    return i.astype(jnp.result_type(float)) / whole
+
+
 def _remaining(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
     """1 - p. Counted from the end, it keeps its relative precision where the rate is small."""
     length = max(steps - warmup_steps(config, steps), 1)
-    return lambda i: jnp.clip((steps - i) / length, 0.0, 1.0)
+    return lambda i: jnp.clip(_divide(steps - i, length), 0.0, 1.0)
 
 
 def _half_cosine(remaining: Array) -> Array:
@@ -73,12 +79,12 @@ def _linear(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
 
 
 def _constant(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
-    return lambda i: jnp.ones_like(i / steps)
+    return lambda i: jnp.ones_like(_divide(i, steps))
 
 
 def _wsd(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
     length = max(round(config.decay * steps), 1)
-    return lambda i: jnp.clip((steps - i) / length, 0.0, 1.0)
+    return lambda i: jnp.clip(_divide(steps - i, length), 0.0, 1.0)
 
 
 def _wsd_sqrt(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
@@ -90,7 +96,7 @@ def _rsqrt(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
     scale = max(warmup_steps(config, steps), 1)
 
     def shape(i: Array) -> Array:
-        value = jnp.sqrt(scale / jnp.maximum(i, scale))
+        value = jax.lax.rsqrt(_divide(jnp.maximum(i, scale), scale))
         # `make` mixes in the end value; here it is a floor instead.
         return (jnp.maximum(value, config.end) - config.end) / (1.0 - config.end) if config.end < 1 else value
 
@@ -104,7 +110,7 @@ def _restarts(config: OptimizerConfig, steps: int) -> Callable[[Array], Array]:
     def shape(i: Array) -> Array:
         # In whole numbers, so that no rounding puts the start of a cycle at the end of the one before.
         phase = (jnp.maximum(i - warmup, 0) * config.cycles) % length
-        return jnp.where(i < steps, _half_cosine((length - phase) / length), 0.0)
+        return jnp.where(i < steps, _half_cosine(_divide(length - phase, length)), 0.0)
 
     return shape
 
