@@ -1,6 +1,7 @@
 """The transformer by its properties: causality, independence of documents, and one result for every way to compute it."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -33,16 +34,20 @@ CONFIGS = {
 
 def model(cfg, seed=0):
     """Parameters with every leaf random, so that no norm or bias hides behind its initial value."""
+    rng = np.random.default_rng(seed)
     variables = transformer.init(cfg, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(
-        structure, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, "float32"), variables)
+
+
+FAST = Compute(attention="reference", scan=False)
+"""Compiles quickly; the kernels have tests of their own."""
+
+logits = functools.partial(jax.jit(transformer.logits, static_argnames=("cfg", "compute")), compute=FAST)
+apply = jax.jit(transformer.apply, static_argnames=("cfg", "compute"))
 
 
 def tokens_of(cfg, rows=2, length=9, seed=2):
-    return jax.random.randint(jax.random.key(seed), (rows, length), 0, cfg.V)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, cfg.V, (rows, length)), jnp.int32)
 
 
 def _leaves(cfg):
@@ -51,40 +56,54 @@ def _leaves(cfg):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_causal_by_gradient(name):
-    """A logit's gradient with respect to later embeddings is zero, and not zero for its own."""
+    """The hidden state at a position depends on its own embedding and on no later one."""
     cfg = CONFIGS[name]
     variables, tokens = model(cfg), jnp.arange(9)[None, :]
 
-    def logit(kernel, at):
-        params = {**variables["params"], "embed": {"kernel": kernel}}
-        if not cfg.tie_embeddings:
-            return transformer.logits(cfg, {"params": params}, tokens)[0, at].sum()
-        hidden = transformer.apply(cfg, {"params": params}, tokens).hidden
-        return jnp.sum(jnp.sin(hidden[0, at]))
+    @jax.jit
+    def reach(at):
+        def out(kernel):
+            params = {**variables["params"], "embed": {"kernel": kernel}}
+            hidden = transformer.apply(cfg, {"params": params}, tokens, compute=FAST).hidden
+            return jnp.sum(jnp.sin(hidden[0, at]))
+
+        return jnp.max(jnp.abs(jax.grad(out)(variables["params"]["embed"]["kernel"])), axis=1)[:9]
 
     for at in (0, 4, 8):
-        gradient = jax.grad(logit)(variables["params"]["embed"]["kernel"], at)
-        reach = np.abs(np.asarray(gradient))[:9].max(axis=1)
-        assert np.all(reach[at + 1 :] == 0.0)
-        assert reach[at] > 0.0
+        assert np.all(np.asarray(reach(at))[at + 1 :] == 0.0)
+        assert reach(at)[at] > 0.0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_way_to_compute_agrees(name):
-    """Scanned, unrolled, unstacked, and each remat policy: one value, one gradient."""
+    """Scanned, unrolled, unstacked, with and without rematerialisation: one value, one gradient."""
     cfg = CONFIGS[name]
     variables, tokens = model(cfg), tokens_of(cfg)
 
+    @functools.partial(jax.jit, static_argnums=1)
     def loss(variables, compute):
         hidden = transformer.apply(cfg, variables, tokens, compute=compute).hidden
         return jnp.mean(jnp.sin(3.0 * hidden))
 
-    value, gradient = jax.value_and_grad(loss)(variables, Compute(scan=False))
-    for compute in [Compute(), *(Compute(remat=p) for p in ("dots", "block", "full"))]:
-        other = jax.jit(jax.value_and_grad(loss), static_argnums=1)(variables, compute)
-        chex.assert_trees_all_close((value, gradient), other, atol=2e-5, rtol=2e-4)
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    value, plain = gradient(variables, FAST)
+    policy = {"llama": "dots", "gpt2": "block", "gemma2": "full"}.get(name, "none")
+    other = gradient(variables, Compute(remat=policy))
+    chex.assert_trees_all_close((value, plain), other, atol=2e-5, rtol=2e-4)
     unstacked = {"params": walk.unstack(cfg, variables["params"])}
-    chex.assert_trees_all_close(value, loss(unstacked, Compute()), atol=1e-6)
+    chex.assert_trees_all_close(value, loss(unstacked, FAST), atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["dots", "block", "full"])
+def test_rematerialisation_changes_no_number(policy):
+    variables, tokens = model(SMALL), tokens_of(SMALL)
+
+    def loss(variables, remat):
+        compute = Compute(attention="reference", remat=remat)
+        return jnp.mean(jnp.square(transformer.apply(SMALL, variables, tokens, compute=compute).hidden))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    chex.assert_trees_all_close(gradient(variables, "none"), gradient(variables, policy), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,13 +114,12 @@ def test_cached_decoding_equals_the_full_pass(name):
     pad = jnp.array([0, 3])
     segments = (jnp.arange(9)[None, :] >= pad[:, None]).astype(jnp.int32)
     positions = jnp.maximum(jnp.arange(9)[None, :] - pad[:, None], 0)
-    full = transformer.logits(cfg, variables, tokens, positions=positions, segments=segments)
+    full = logits(cfg, variables, tokens, positions=positions, segments=segments)
     cache, got = kv.empty(cfg, 2, 12), []
     for first, last in ((0, 5), (5, 6), (6, 9)):
         part = slice(first, last)
-        output = transformer.apply(
-            cfg, variables, tokens[:, part], positions=positions[:, part], segments=segments[:, part], cache=cache
-        )
+        inputs = {"positions": positions[:, part], "segments": segments[:, part], "cache": cache}
+        output = apply(cfg, variables, tokens[:, part], compute=FAST, **inputs)
         cache = output.cache
         got.append(transformer.head_logits(output.hidden, output.head))
     real = np.asarray(segments, bool)
@@ -114,9 +132,9 @@ def test_packed_documents_are_as_alone(name):
     variables, tokens = model(cfg), tokens_of(cfg, rows=1)
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
-    packed = transformer.logits(cfg, variables, tokens, positions=positions, segments=segments)
-    np.testing.assert_allclose(packed[:, :4], transformer.logits(cfg, variables, tokens[:, :4]), atol=2e-5)
-    np.testing.assert_allclose(packed[:, 4:7], transformer.logits(cfg, variables, tokens[:, 4:7]), atol=2e-5)
+    packed = logits(cfg, variables, tokens, positions=positions, segments=segments)
+    np.testing.assert_allclose(packed[:, :4], logits(cfg, variables, tokens[:, :4]), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 4:7], logits(cfg, variables, tokens[:, 4:7]), atol=2e-5)
 
 
 def test_leaf_paths_and_shapes():
@@ -147,8 +165,8 @@ def test_initial_scales():
 def test_patterned_layers_scan_like_a_loop(n_layers, types):
     cfg = dataclasses.replace(SMALL, n_layers=n_layers, layer_types=types, window=None if types is None else 2)
     variables, tokens = model(cfg), tokens_of(cfg)
-    scanned = transformer.logits(cfg, variables, tokens)
-    looped = transformer.logits(cfg, variables, tokens, compute=Compute(scan=False))
+    scanned = logits(cfg, variables, tokens, compute=dataclasses.replace(FAST, scan=True))
+    looped = logits(cfg, variables, tokens)
     np.testing.assert_allclose(scanned, looped, atol=1e-5)
 
 
@@ -167,22 +185,21 @@ def test_dropout_needs_a_key_and_differs_by_layer_and_key():
     variables, tokens = model(cfg), tokens_of(cfg)
 
     def run(key):
-        return transformer.apply(cfg, variables, tokens, key=key).hidden
+        return apply(cfg, variables, tokens, key=key, compute=FAST).hidden
 
-    np.testing.assert_array_equal(run(None), transformer.apply(SMALL, variables, tokens).hidden)
+    np.testing.assert_array_equal(run(None), apply(SMALL, variables, tokens, compute=FAST).hidden)
     np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert float(jnp.max(jnp.abs(run(jax.random.key(1)) - run(jax.random.key(2))))) > 0.1
 
 
 def test_bfloat16_is_close_and_keeps_parameters_float32():
     variables, tokens = model(SMALL), tokens_of(SMALL)
-    wide = transformer.apply(SMALL, variables, tokens).hidden
-    narrow = transformer.apply(SMALL, variables, tokens, compute=Compute(dtype="bfloat16")).hidden
+    bf16 = dataclasses.replace(FAST, dtype="bfloat16")
+    wide = apply(SMALL, variables, tokens, compute=FAST).hidden
+    narrow = apply(SMALL, variables, tokens, compute=bf16).hidden
     assert narrow.dtype == jnp.bfloat16
     assert float(jnp.linalg.norm(narrow.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)) < 0.03
-    gradient = jax.grad(
-        lambda v: transformer.apply(SMALL, v, tokens, compute=Compute(dtype="bfloat16")).hidden.astype(jnp.float32).sum()
-    )(variables)
+    gradient = jax.grad(lambda v: apply(SMALL, v, tokens, compute=bf16).hidden.astype(jnp.float32).sum())(variables)
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 

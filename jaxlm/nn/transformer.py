@@ -1,5 +1,6 @@
 """The decoder-only transformer: pure functions from trees and tokens to hidden states."""
 
+import functools
 import math
 
 import jax
@@ -30,6 +31,11 @@ def init(cfg: ModelConfig, key: Array) -> Variables:
       key: a typed PRNG key, `jax.random.key(seed)`.
     """
     cfg.validate()
+    return _init(cfg, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(cfg: ModelConfig, key: Array) -> Variables:
     embed_key, head_key, position_key, layer_key = jax.random.split(key, 4)
     embed_std = cfg.embed_std or (0.02 if cfg.tie_embeddings else 1.0)
     params: Tree = {"embed": {"kernel": embed_std * jax.random.normal(embed_key, (cfg.V, cfg.D))}}

@@ -58,7 +58,9 @@ def find_plan(sequence: list[Any]) -> Plan:
     for start in range(n):
         for period in range(1, (n - start) // 2 + 1):
             repeats = 1
-            while sequence[start + repeats * period : start + (repeats + 1) * period] == sequence[start : start + period]:
+            while (
+                sequence[start + repeats * period : start + (repeats + 1) * period] == sequence[start : start + period]
+            ):
                 repeats += 1
             total = n - (repeats - 1) * period
             if repeats > 1 and total < cost:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.dist.place import microbatches
 from jaxlm.types import Apply, Array, Batch, Objective, Tree, Variables
 
 Metrics = dict[str, Array]
@@ -72,8 +73,8 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
       batch: arrays [B, ...]; B is a multiple of `recipe.accumulation`.
 
     Returns:
-      The new state, and scalars: loss, grad_norm (before clipping), learning_rate, skipped (0 or 1), and those of the
-      objective. They belong to the parameters before the update.
+      The new state, and scalars: loss, grad_norm (before clipping), learning_rate, skipped (0 or 1), step_tokens, and
+      those of the objective. They belong to the parameters before the update.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     batch = jax.lax.stop_gradient(recipe.objective.prepare(recipe.apply, state.params, frozen, batch, key))
@@ -102,8 +103,15 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
         "grad_norm": norm,
         "learning_rate": recipe.schedule(state.applied),
         "skipped": 1.0 - finite.astype(jnp.float32),
+        "step_tokens": input_tokens(batch),
     }
     return new._replace(step=state.step + 1), metrics
+
+
+def input_tokens(batch: Batch) -> Array:
+    """Tokens of the batch that are no padding: entries other than 0 in its columns of segment ids; int32."""
+    columns = [jnp.count_nonzero(x) for name, x in batch.items() if name.endswith("segments")]
+    return sum(columns, jnp.zeros((), jnp.int32))
 
 
 def accumulated(
@@ -121,7 +129,7 @@ def accumulated(
 
     if recipe.accumulation == 1:
         return lambda params: one(params, batch, key)
-    parts = jax.tree.map(lambda x: _deal(x, recipe.accumulation), batch)
+    parts = microbatches(batch, recipe.accumulation)
 
     def every(params: Variables) -> tuple[Array, Metrics, Variables]:
         def body(total: Tree, part: tuple[Batch, Array]) -> tuple[Tree, None]:
@@ -133,8 +141,3 @@ def accumulated(
         return jax.lax.scan(body, zero, (parts, jnp.arange(recipe.accumulation)))[0]
 
     return every
-
-
-def _deal(x: Array, hands: int) -> Array:
-    """[B, ...] -> [hands, B / hands, ...]; row b goes to hand b % hands, which moves nothing between devices."""
-    return jnp.swapaxes(x.reshape(x.shape[0] // hands, hands, *x.shape[1:]), 0, 1)

@@ -1,0 +1,188 @@
+"""The training loop: resume or start, step, look, save, stop well."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.data.loader import Loader, prefetch
+from jaxlm.dist import multihost
+from jaxlm.optim import chain
+from jaxlm.training import finish, lock, signals, stopping
+from jaxlm.training.checkpoint import Checkpoints
+from jaxlm.training.evaluate import Scorer, text_metrics, text_sums
+from jaxlm.training.meta import compare_meta
+from jaxlm.training.progress import Progress, open_progress
+from jaxlm.training.recorder import Recorder
+from jaxlm.training.setup import Setup, global_batch, prepare, use_compilation_cache
+from jaxlm.training.step import State, train_step
+from jaxlm.training.stopping import Stopping
+from jaxlm.types import Batch, Variables
+
+if TYPE_CHECKING:
+    from jaxlm.config import RunConfig
+
+
+def train(config: "RunConfig") -> int:
+    """Train as the configuration says; in a run directory with a checkpoint, go on from it.
+
+    Returns:
+      0 when done, 130 or 143 when a signal ended the run after its state was saved.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input, `where: what; what to do`; a first start then leaves no directory.
+      RuntimeError: a failure during the run; the last good checkpoint stays.
+    """
+    use_compilation_cache()
+    multihost.initialize()
+    setup = prepare(config)
+    multihost.agree("configuration and data", repr(setup.identity).encode())
+    directory = Path(config.run.dir)
+    progress = open_progress(config.train.steps, enabled=multihost.is_main())
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        stack.enter_context(lock.hold(directory, progress.message))
+        stop = stack.enter_context(signals.catch(progress.message))
+        for note in setup.data.notes:
+            progress.message(note)
+        return Run(setup, directory, progress).go(stop)
+
+
+class Run:
+    """One sitting of a run: the host's side of the loop and what it has open."""
+
+    def __init__(self, setup: Setup, directory: Path, progress: Progress) -> None:
+        self.setup, self.train, self.directory, self.progress = setup, setup.config.train, directory, progress
+        self.checkpoints = Checkpoints(directory / "checkpoints", progress.message, keep=self.train.keep)
+        self.stopping, self.begun, self.seconds = Stopping(), time.monotonic(), 0.0
+        self.state, tokens = self._resume_or_start()
+        finish.write_files(setup, directory)
+        self.recorder = Recorder(setup, directory, progress, tokens)
+        shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
+        self.step_function = jax.jit(
+            functools.partial(train_step, setup.recipe), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        bytes_V = jnp.asarray(setup.data.token_bytes, jnp.float32)
+        self.score: Scorer = jax.jit(functools.partial(text_sums, setup.recipe.apply, bytes_V))
+        self.pending: tuple[int, dict[str, Any]] | None = None
+
+    def go(self, stop: signals.Stop) -> int:
+        """Step until done, stopped early, or told to stop; returns the exit code."""
+        step = int(self.state.step)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.recorder.close)
+            stack.callback(self.checkpoints.close)
+            if step == 0:
+                self._evaluate(0)
+            batches = stack.enter_context(self._batches(step))
+            while step < self.train.steps and not stopping.should_stop(self.stopping, self.train.patience):
+                self._step(step, next(batches))
+                step += 1
+                code = stop(step)
+                last = step == self.train.steps
+                evaluated = self._evaluate(step) if last or step % self.train.eval_every == 0 else None
+                if code is not None or last or step % self.train.checkpoint_every == 0:
+                    self._save(step, evaluated)
+                if code is not None and not last:
+                    self.checkpoints.wait()
+                    self.progress.message(
+                        f"stopped at step {step}, state saved; the same command again goes on from there"
+                    )
+                    return code
+            if step < self.train.steps:
+                self._save(step, None)
+                best = f"best step {self.stopping.best_step}"
+                self.progress.message(
+                    f"stopped early at step {step}: no better evaluation for {self.train.patience}; {best}"
+                )
+            self.checkpoints.wait()
+            finish.finish(self, step)
+        return 0
+
+    @property
+    def params(self) -> Variables:
+        """What is evaluated, sampled and exported: the average where one is kept."""
+        if self.state.ema is not None:
+            return self.state.ema
+        return chain.evaluation_params(self.state.opt_state, self.state.params)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training over all sittings."""
+        return self.seconds + time.monotonic() - self.begun
+
+    def _resume_or_start(self) -> tuple[State, int]:
+        identity = self.setup.identity
+        restored = self.checkpoints.restore(self.setup.abstract, lambda saved: compare_meta(saved, identity))
+        if restored is None:
+            self.progress.status("initialising")
+            return self.setup.start(), 0
+        self.stopping = stopping.from_json(restored.meta["stopping"])
+        self.seconds = float(restored.meta["seconds"])
+        self.progress.message(f"resuming {self.directory} at step {restored.step}")
+        return restored.state, int(restored.meta["tokens"])
+
+    def _batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        setup = self.setup
+        loader = Loader(setup.data.train, self.train.batch_size, setup.config.run.seed)
+        return prefetch(
+            lambda step: global_batch(setup.data.train, loader.rows(step), setup.mesh), range(start, self.train.steps)
+        )
+
+    def _step(self, step: int, batch: Batch) -> None:
+        """Dispatch a step, then record the one before it, whose values are ready by then."""
+        if self.recorder.first:
+            self.progress.status("compiling the training step")
+        self.checkpoints.check()
+        self.state, metrics = self.step_function(self.state, self.setup.frozen, batch)
+        self._flush()
+        self.pending = (step + 1, metrics)
+        if step + 1 == self.train.steps or self.recorder.first:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        self.recorder.step(step, metrics)
+        if self.recorder.skips >= self.train.max_skips:
+            last = max(self.checkpoints.steps(), default=None)
+            kept = "nothing was saved yet" if last is None else f"the state of step {last} is saved"
+            raise RuntimeError(
+                f"loss: not finite for {self.recorder.skips} steps in a row, up to step {step}; {kept}; "
+                "lower optimizer.learning_rate or look at the data, then run again"
+            )
+
+    def _evaluate(self, step: int) -> float:
+        self._flush()
+        with self.recorder.pause("evaluating"):
+            data, size = self.setup.data.validation, self.train.batch_size
+            count = len(data) if self.train.eval_batches is None else min(len(data), self.train.eval_batches * size)
+            rows = np.pad(np.arange(count), (0, -count % size), constant_values=-1).reshape(-1, size)
+            batches = (global_batch(data, part, self.setup.mesh) for part in rows)
+            values = text_metrics(self.score, {**self.setup.frozen, **self.params}, batches)
+            self.recorder.evaluation(step, values)
+            self.recorder.samples(step, finish.take_samples(self.setup, self.params))
+        if step:
+            self.stopping = stopping.update(self.stopping, step, values["loss"])
+        return values["loss"]
+
+    def _save(self, step: int, metric: float | None) -> None:
+        self._flush()
+        description = self.setup.identity | {
+            "step": step,
+            "tokens": self.recorder.tokens,
+            "seconds": self.elapsed,
+            "stopping": stopping.to_json(self.stopping),
+        }
+        finite = metric if metric is not None and math.isfinite(metric) else None
+        with self.recorder.pause("saving"):
+            self.checkpoints.save(step, self.state, description, finite)

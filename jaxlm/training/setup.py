@@ -1,0 +1,193 @@
+"""From a configuration to everything that a run needs before its first step. Writes nothing but caches."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import msgspec
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm import objectives
+from jaxlm.data.cache import cache_root
+from jaxlm.data.dataset import Dataset
+from jaxlm.data.supply import Data, open_data
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.dist import mesh as meshes
+from jaxlm.dist import place, rules
+from jaxlm.interop.load import load, load_config
+from jaxlm.nn import transformer
+from jaxlm.nn.compute import Compute
+from jaxlm.nn.config import ModelConfig
+from jaxlm.optim import chain, schedules
+from jaxlm.params import mup
+from jaxlm.training.step import Recipe, State, init_state
+from jaxlm.types import Apply, Batch, Output, Variables
+
+if TYPE_CHECKING:
+    from jaxlm.config import RunConfig
+
+SCAN_FROM = {"cpu": 13}
+"""Layers from which scanning pays: unrolled steps are faster on CPU, scanned ones compile sooner."""
+
+
+class Setup(NamedTuple):
+    """A run, ready to start.
+
+    Attributes:
+      config: as given.
+      cfg: the model, with vocabulary, special tokens and muP's forward factors.
+      data: tokenizer and rows.
+      mesh: all devices.
+      compute: precision, memory policy, placement.
+      recipe: the step's static parts.
+      frozen: trees that are used and not trained, on the mesh.
+      abstract: the state's structure with shapes, dtypes and shardings.
+      start: makes the state of step 0 on the mesh.
+      identity: what a checkpoint is compared by when the run is resumed; JSON values.
+    """
+
+    config: "RunConfig"
+    cfg: ModelConfig
+    data: Data
+    mesh: Mesh
+    compute: Compute
+    recipe: Recipe
+    frozen: Variables
+    abstract: State
+    start: Callable[[], State]
+    identity: dict[str, Any]
+
+
+def prepare(config: "RunConfig") -> Setup:
+    """Check a configuration against data, model directory and devices, and put a run together.
+
+    Raises:
+      ValueError, FileNotFoundError: `where: what; what to do`.
+    """
+    mesh = meshes.make(config.mesh)
+    train = config.train
+    meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
+    directory = None if config.model.path is None else load_config(config.model.path)
+    data = open_data(
+        config.data,
+        kind=config.objective.kind,
+        tokenizer=None if config.data.tokenizer else model_tokenizer(config.model.path),
+        vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
+    )
+    cfg = model_config(config, directory, data.tokenizer)
+    meshes.check_model(mesh.shape, cfg)
+    base = None if config.mup is None else config.mup.base_of(cfg)
+    fresh = functools.partial(_fresh, cfg, base, config.run.seed)
+    trained = jax.eval_shape(fresh)
+    plan = None
+    if base is not None and config.mup is not None:
+        plan = mup.plan_tree(trained, cfg, base, config.mup, config.optimizer.name)
+        cfg = mup.apply_to(cfg, plan)
+    compute = make_compute(config, cfg, mesh)
+    recipe = Recipe(
+        objective=objectives.make(config.objective),
+        apply=make_apply(cfg, compute),
+        optimizer=chain.make(config.optimizer, cfg, trained, train.steps, plan),
+        schedule=schedules.make(config.optimizer, train.steps),
+        accumulation=train.accumulation,
+        ema=train.ema,
+        seed=config.run.seed,
+    )
+    abstract = jax.eval_shape(lambda: init_state(recipe, fresh()))
+    shardings = rules.shardings_like(abstract, trained, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return Setup(
+        config=config,
+        cfg=cfg,
+        data=data,
+        mesh=mesh,
+        compute=compute,
+        recipe=recipe,
+        frozen={},
+        abstract=abstract,
+        start=functools.partial(_start, config.model.path, recipe, fresh, mesh, shardings),
+        identity=identity(config, data),
+    )
+
+
+def model_tokenizer(path: str | None) -> Tokenizer | None:
+    """The tokenizer of a model directory or a run, if it has one."""
+    if path is None:
+        return None
+    folder = next((f for f in (Path(path), Path(path) / "hf") if (f / "tokenizer.json").is_file()), None)
+    return None if folder is None else load_tokenizer(str(folder))
+
+
+def model_config(config: "RunConfig", directory: ModelConfig | None, tokenizer: Tokenizer) -> ModelConfig:
+    """The architecture: of the model directory, or of the configuration with the tokenizer's vocabulary."""
+    if directory is not None:
+        return dataclasses.replace(directory, dropout=config.train.dropout, lora=config.lora)
+    cfg = config.architecture(tokenizer.size)
+    if cfg.V < tokenizer.size:
+        raise ValueError(
+            f"model.vocab_size: {cfg.V} is smaller than the tokenizer's {tokenizer.size}; raise it or leave it out"
+        )
+    return dataclasses.replace(cfg, eos_token_id=tokenizer.eos_id)
+
+
+def make_compute(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Compute:
+    """Run-time choices, with what the configuration leaves open decided by platform and depth."""
+    train, platform = config.train, mesh.devices.flat[0].platform
+    return Compute(
+        dtype=train.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        remat=train.remat,
+        scan=cfg.N >= SCAN_FROM.get(platform, 0) if train.scan is None else train.scan,
+        attention=train.attention,
+        constrain=place.constrain(mesh),
+        mesh=mesh,
+    )
+
+
+def make_apply(cfg: ModelConfig, compute: Compute) -> Apply:
+    """The model as objectives call it."""
+
+    def apply(variables: Variables, tokens: jax.Array, **inputs: Any) -> Output:
+        return transformer.apply(cfg, variables, tokens, compute=compute, **inputs)
+
+    return apply
+
+
+def identity(config: "RunConfig", data: Data) -> dict[str, Any]:
+    """What a checkpoint of this run says about it (`meta.compare_meta`)."""
+    return {
+        "config": msgspec.to_builtins(config),
+        "tokenizer": data.tokenizer.sha256,
+        "data": data.train.identity,
+        "base": None,
+    }
+
+
+def global_batch(dataset: Dataset, rows: np.ndarray, mesh: Mesh) -> Batch:
+    """Rows of these numbers (-1: padding) as a batch on the mesh; each process reads only what its devices hold."""
+    mine = rows[place.host_rows(mesh, len(rows))]
+    return place.place_batch(dataset.batch(mine), mesh, len(rows))
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between starts, unless the user has said where (or that not) to."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _fresh(cfg: ModelConfig, base: ModelConfig | None, seed: int) -> Variables:
+    key = jax.random.key(seed)
+    return transformer.init(cfg, key) if base is None else mup.init(cfg, base, key)
+
+
+def _start(path: str | None, recipe: Recipe, fresh: Callable[[], Variables], mesh: Mesh, shardings: State) -> State:
+    if path is None:
+        return jax.jit(lambda: init_state(recipe, fresh()), out_shardings=shardings)()
+    _, params = load(path, mesh=mesh)
+    return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(params)
