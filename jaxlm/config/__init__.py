@@ -101,8 +101,13 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build(raw: Raw) -> RunConfig:
-    """Nested mappings as a checked configuration; see `load`."""
+    """Nested mappings as a checked configuration; where `model.path` exists, `model` holds that directory's shape."""
     config = convert(RunConfig, raw, kinds=CHOICES)
+    path = config.model.path
+    if path is not None and pathlib.Path(path).is_dir():
+        from jaxlm.interop.load import load_config
+
+        config = dataclasses.replace(config, model=adopt(config.model, given_fields(raw), load_config(path)))
     config.check_combinations()
     return config
 

@@ -81,13 +81,13 @@ def adopt(section: ModelSection, given: frozenset[str], directory: ModelConfig) 
     Raises:
       ValueError: naming a given field that contradicts the directory.
     """
-    theirs = {name: getattr(directory, name) for name in _SHARED if name != "moe"}
-    theirs |= {name: getattr(directory, letter) for name, letter in _DERIVED.items()}
-    theirs["rope_theta"] = directory.rope.theta
+    theirs = {name: getattr(directory, name) for name in _SHARED if name != "moe"} | {
+        "rope_theta": directory.rope.theta
+    }
     for name, value in theirs.items():
-        ours = getattr(section, name)
-        if f"model.{name}" in given and ours is not None and ours != value:
-            raise ValueError(f"model.{name}: {ours} contradicts {value} in {section.path}; remove the field")
+        ours, held = getattr(section, name), getattr(directory, _DERIVED[name]) if name in _DERIVED else value
+        if f"model.{name}" in given and ours is not None and ours != held:
+            raise ValueError(f"model.{name}: {ours} contradicts {held} in {section.path}; remove the field")
     return dataclasses.replace(section, **theirs, moe=_adopt_moe(section.moe, given, directory.moe))
 
 

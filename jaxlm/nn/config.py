@@ -2,10 +2,18 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 FF_MULTIPLE = 64
 """An unset feed-forward width is rounded up to a multiple of this, which keeps it friendly to matrix units."""
+
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+AtLeast0 = Annotated[float, msgspec.Meta(ge=0)]
+Above0 = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +68,15 @@ class MoEConfig:
       dense_layers: indices of layers that keep a dense feed-forward layer.
     """
 
-    experts: int = 8
-    top_k: int = 2
-    d_ff: int | None = None
+    experts: Count = 8
+    top_k: Count = 2
+    d_ff: Count | None = None
     renormalize: bool = True
     balance: Literal["aux", "bias", "none"] = "aux"
-    aux_weight: float = 0.01
-    z_weight: float = 0.0
-    bias_rate: float = 0.001
-    capacity_factor: float | None = None
+    aux_weight: AtLeast0 = 0.01
+    z_weight: AtLeast0 = 0.0
+    bias_rate: AtLeast0 = 0.001
+    capacity_factor: Above0 | None = None
     dense_layers: tuple[int, ...] = ()
 
 
@@ -86,10 +94,10 @@ class LoraConfig:
       rank_pattern, alpha_pattern: per-module overrides, PEFT's patterns.
     """
 
-    r: int = 16
-    alpha: float = 16.0
+    r: Count = 16
+    alpha: Above0 = 16.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    dropout: float = 0.0
+    dropout: Share = 0.0
     rslora: bool = False
     dora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
