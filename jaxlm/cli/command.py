@@ -1,5 +1,7 @@
 """How a subcommand looks: a summary, its options, and an example that can be copied."""
 
+from typing import Any
+
 import click
 
 
@@ -10,7 +12,7 @@ class Command(click.Command):
       example: a command line that begins with `jaxlm`, shown as it stands.
     """
 
-    def __init__(self, *args, example: str, **kwargs) -> None:
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.example = example
 

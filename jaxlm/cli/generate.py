@@ -1,5 +1,7 @@
 """`jaxlm generate`: let a model continue a prompt, or talk to it."""
 
+from typing import Any
+
 import click
 
 from jaxlm.cli.command import Command
@@ -20,7 +22,7 @@ share = click.FloatRange(min=0, max=1)
 @click.option("--repetition-penalty", type=at_least_0, default=1.0, show_default=True, help="Of seen tokens; 1 is off.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-def command(model: str, prompt: str | None, chat: bool, **settings) -> None:
+def command(model: str, prompt: str | None, chat: bool, **settings: Any) -> None:
     """Continue a prompt, or talk.
 
     MODEL is a Hugging Face model directory or a run directory. The text alone goes to stdout.

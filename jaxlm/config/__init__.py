@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jaxlm.config.convert import convert
+from jaxlm.config.convert import Kinds, convert
 from jaxlm.config.model import ModelSection, adopt
 from jaxlm.config.text import Raw, leaf_names, read, write
 from jaxlm.data.config import DataConfig
@@ -18,7 +18,7 @@ from jaxlm.training.config import RunSection, TrainConfig
 
 __all__ = ["ModelSection", "Raw", "RunConfig", "adopt", "build", "dump", "given_fields", "load", "read"]
 
-CHOICES = {ObjectiveConfig: KINDS}
+CHOICES: Kinds = {ObjectiveConfig: KINDS}
 """Base classes whose `kind` decides which dataclass holds."""
 
 
@@ -51,9 +51,8 @@ class RunConfig:
 
     def check_combinations(self) -> None:
         """The part of `validate` that looks at several fields at once."""
-        for section in (self.data, self.train, self.objective, self.optimizer, self.mup, self.mesh):
-            if hasattr(section, "validate"):
-                section.validate()
+        for section in (self.data, self.train, self.optimizer, self.mesh):
+            section.validate()
         self.architecture().validate()
         self._check_base()
         if self.quantize is not None and self.lora is None:

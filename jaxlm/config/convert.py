@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 T = TypeVar("T")
-Kinds = Mapping[type, Mapping[str, type]]
+Kinds = Mapping[type, Mapping[str, Any]]
 """For a base class, its dataclasses by the name that the field `kind` gives."""
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -36,23 +36,23 @@ def convert(section: type[T], raw: Any, where: str = "", *, kinds: Kinds | None 
         raise ValueError(
             f"{where or 'configuration'}: expected a mapping of fields, got {_shown(raw)}; {_todo(section)}"
         )
-    section = _of_kind(section, raw, where, kinds)
-    hints = typing.get_type_hints(section, include_extras=True)
-    fields = {field.name: field for field in dataclasses.fields(section)}
+    chosen: Any = _of_kind(section, raw, where, kinds)
+    hints = typing.get_type_hints(chosen, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(chosen)}
     for key in raw:
         if key not in fields:
             raise ValueError(f"{_join(where, key)}: unknown field; {_advice(key, where, list(fields), root, kinds)}")
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in raw.items():
         path, inner = _join(where, key), _dataclass_in(hints[key])
         if inner is not None and not (value is None and _optional(hints[key])):
             values[key] = convert(inner, value, path, kinds=kinds, root=root)
         else:
             values[key] = _leaf(hints[key], value, path, fields[key].default)
-    return section(**values)
+    return chosen(**values)
 
 
-def field_names(section: type, kinds: Kinds | None = None, prefix: str = "") -> Iterator[str]:
+def field_names(section: Any, kinds: Kinds | None = None, prefix: str = "") -> Iterator[str]:
     """The dotted names of all fields below a dataclass, sections included, in order; a name may come twice."""
     kinds = kinds or {}
     for kind in kinds.get(section, {"": section}).values():
@@ -177,7 +177,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _todo(section: type) -> str:
+def _todo(section: Any) -> str:
     return f"its fields are {', '.join(field.name for field in dataclasses.fields(section))}"
 
 
