@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
+from jaxlm.dist import rules
 from jaxlm.interop import hf, names, safetensors
 from jaxlm.interop.hf.rows import Family
 from jaxlm.interop.names import Target
@@ -26,8 +27,6 @@ COMPARED = 1 << 24
 SMALL = 1 << 24
 """Bytes up to which a leaf is put together on the host."""
 
-Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.NamedSharding]
-
 
 def load(
     path: str | Path,
@@ -35,7 +34,7 @@ def load(
     adapter: str | Path | None = None,
     quantize: str | None = None,
     *,
-    sharding: Sharding | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[ModelConfig, Variables]:
     """Reads a model.
 
@@ -46,7 +45,7 @@ def load(
       path: a Hugging Face model directory, or a run directory, whose `hf/` is read.
       dtype: of the parameters: `float32`, `bfloat16` or `float16`.
       adapter: not supported yet. quantize: not supported yet.
-      sharding: (leaf path, shape and dtype) -> where that leaf lives; null: the default device.
+      mesh: devices over which the parameters are spread by the sharding rules; null: the default device.
 
     Returns:
       The configuration, and {"params": tree}.
@@ -65,7 +64,7 @@ def load(
     cfg, family = _read_config(directory)
     entries = safetensors.open_directory(directory)
     cfg = _settle_head(cfg, family, entries)
-    return cfg, {"params": _read_params(cfg, family, entries, str(directory), dtype, sharding)}
+    return cfg, {"params": _read_params(cfg, family, entries, str(directory), dtype, mesh)}
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -148,7 +147,12 @@ def _equal(a: Entry, b: Entry) -> bool:
 
 
 def _read_params(
-    cfg: ModelConfig, family: Family, entries: dict[str, Entry], where: str, dtype: str, sharding: Sharding | None
+    cfg: ModelConfig,
+    family: Family,
+    entries: dict[str, Entry],
+    where: str,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
 ) -> Tree:
     table = family.table(cfg)
     fused = bool(table.fused) and any(name.endswith(".experts.gate_up_proj") for name in entries)
@@ -157,16 +161,13 @@ def _read_params(
     chosen = names.match(entries, wanted, table, where)
     for name, full in chosen.items():
         _check(entries[name], name, wanted[full])
-    places = {path: None if sharding is None else sharding(path, _typed(leaf, dtype)) for path, leaf in leaves.items()}
-    buffers = {path: _buffer(_typed(leaf, dtype), places[path]) for path, leaf in leaves.items()}
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in leaves.items()}
+    places = dict.fromkeys(leaves) if mesh is None else tree.leaves(rules.shardings(names.nest(leaves), mesh))
+    buffers = {path: _buffer(leaf, places[path]) for path, leaf in leaves.items()}
     # In the order of the file, so that a disk is read in one pass.
     for name in sorted(chosen, key=lambda name: (entries[name].file, entries[name].offset)):
         _fill(buffers, entries[name].view(), wanted[chosen[name]])
-    return _nest({path: _placed(buffers.pop(path), places[path]) for path in leaves})
-
-
-def _typed(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return names.nest({path: _placed(buffers.pop(path), places[path]) for path in leaves})
 
 
 def _buffer(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding | None) -> np.ndarray | Array:
@@ -180,7 +181,7 @@ def _placed(buffer: np.ndarray | Array, place: jax.sharding.NamedSharding | None
     if isinstance(buffer, jax.Array):
         return buffer
     if place is None:
-        return jnp.asarray(buffer)
+        return jnp.array(buffer)
     return jax.make_array_from_callback(buffer.shape, place, lambda index: buffer[index])
 
 
@@ -232,16 +233,3 @@ def _update(buffer: Array, piece: Array, index: tuple[Array, ...], *, transpose:
     piece = jnp.expand_dims(piece.astype(buffer.dtype), tuple(range(len(index))))
     zeros = [jnp.int32(0)] * (buffer.ndim - len(index))
     return jax.lax.dynamic_update_slice(buffer, piece, (*index, *zeros))
-
-
-def _nest(leaves: dict[str, Array]) -> Tree:
-    """{"a/b": x}  ->  {"a": {"b": x}}"""
-    root: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = root
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    assert tree.leaves(root).keys() == leaves.keys()
-    return root

@@ -1,8 +1,8 @@
 """Name tables: which tensor of a file is which piece of our tree, in both directions from the same rows."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,6 +10,7 @@ from jaxlm import tree
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.transformer import init
 from jaxlm.nn.walk import layer_slots
+from jaxlm.types import Tree
 
 
 class Row(NamedTuple):
@@ -83,6 +84,19 @@ def abstract(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Leaves of the parameters that `cfg` has, by path, without making any."""
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     return tree.leaves(shapes["params"])
+
+
+def nest(leaves: Mapping[str, Any]) -> Tree:
+    """{"a/b": x}  ->  {"a": {"b": x}}"""
+    root: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    assert tree.leaves(root).keys() == leaves.keys()
+    return root
 
 
 def targets(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxlm import tree
+from jaxlm.dist import multihost, place
 from jaxlm.interop import hf, names, safetensors
 from jaxlm.interop.fold import fold
 from jaxlm.interop.names import Target
@@ -46,7 +46,7 @@ def save(
     Arrays keep their dtype and get the family's names; a tied head is left out. The forward scalars of muP, which no
     family knows, are multiplied into weights. Everything is written beside `path` and renamed at the end. A `path`
     that holds a model directory already (a config.json) is replaced as a whole; any other that is not empty is
-    refused.
+    refused. Of several processes, which must all call this, the first one writes.
 
     Args:
       path: directory to make.
@@ -68,6 +68,10 @@ def save(
     leaves = tree.leaves(variables["params"])
     tensors = _tensors(names.targets(plain_cfg, family.table(plain_cfg), names.abstract(plain_cfg)), leaves, folds)
     dtype = _common_dtype(tensors)
+    if not multihost.is_main():
+        for tensor in tensors:
+            tensor.make()
+        return
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -135,7 +139,7 @@ def _tensors(
 
 def _host(leaf: Array, index: tuple[int, ...]) -> np.ndarray:
     """One entry of a leaf on the host, without moving the rest."""
-    return np.asarray(jax.device_get(leaf[index] if index else leaf))
+    return place.gather(leaf[index] if index else leaf)
 
 
 def _common_dtype(tensors: list[Tensor]) -> str:

@@ -17,6 +17,7 @@ from jaxlm.interop.hf import (
     qwen2,
     qwen3,
     qwen3_moe,
+    stablelm,
 )
 from jaxlm.interop.hf.fields import Fields, pattern
 from jaxlm.interop.hf.rows import Family
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
     "gpt2": gpt2.FAMILY,
+    "stablelm": stablelm.FAMILY,
     "mixtral": mixtral.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "olmoe": olmoe.FAMILY,

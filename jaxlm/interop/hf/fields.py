@@ -136,7 +136,7 @@ def shape(fields: Fields) -> dict[str, Any]:
         "n_kv_heads": heads if fields.get("num_key_value_heads") is None else fields.integer("num_key_value_heads"),
         "head_dim": width // heads if head_dim is None else fields.integer("head_dim"),
         "d_ff": fields.integer("intermediate_size"),
-        "norm_eps": fields.number("rms_norm_eps"),
+        "norm_eps": fields.number("layer_norm_eps" if "layer_norm_eps" in fields.defaults else "rms_norm_eps"),
         "activation": fields.activation(
             "hidden_activation" if "hidden_activation" in fields.defaults else "hidden_act"
         ),
@@ -144,8 +144,8 @@ def shape(fields: Fields) -> dict[str, Any]:
     }
 
 
-def written_shape(cfg: ModelConfig, activation: str = "hidden_act") -> dict[str, Any]:
-    """The inverse of `shape`."""
+def written_shape(cfg: ModelConfig, activation: str = "hidden_act", norm: str = "rms_norm_eps") -> dict[str, Any]:
+    """The inverse of `shape`; `activation`, `norm`: what the family calls the two fields."""
     return written_tokens(cfg) | {
         "hidden_size": cfg.D,
         "num_hidden_layers": cfg.N,
@@ -153,7 +153,7 @@ def written_shape(cfg: ModelConfig, activation: str = "hidden_act") -> dict[str,
         "num_key_value_heads": cfg.G,
         "head_dim": cfg.K,
         "intermediate_size": cfg.F,
-        "rms_norm_eps": cfg.norm_eps,
+        norm: cfg.norm_eps,
         activation: WRITTEN_ACTIVATIONS[cfg.activation],
         "max_position_embeddings": cfg.max_length,
     }
