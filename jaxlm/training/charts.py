@@ -13,7 +13,7 @@ from html import escape
 from typing import Literal
 
 from jaxlm.training import scales, units
-from jaxlm.training.scales import SPAN, Scale
+from jaxlm.training.scales import LARGEST, SPAN, Scale
 
 COLOURS = 8
 POINTS = 600
@@ -39,12 +39,16 @@ STYLE = """
 .chart .grid{stroke:var(--grid);stroke-width:1}
 .chart path{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round;stroke-linecap:round;
 vector-effect:non-scaling-stroke}
-.chart .faint{stroke-width:1;opacity:.35}.chart .dots{stroke-width:7}
+.chart .faint{stroke-width:1;opacity:.35}.chart .dots{stroke-width:7}.chart .single{stroke-width:5}
 .chart .dashed{stroke-dasharray:7 5;stroke-width:1.75;stroke-linecap:butt}
 .chart .dotted{stroke-dasharray:1.5 5;stroke-width:2.25}
+.chart .mixed{stroke-dasharray:9 4 1.5 4;stroke-width:1.75}
 .chart .bad{stroke:var(--bad);stroke-width:1.5}
 .chart rect{fill:currentColor}
 """ + "".join(f".c{i}{{color:var(--c{i})}}" for i in range(COLOURS))
+
+
+Style = Literal["line", "faint", "points", "dashed", "dotted", "mixed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Series:
       name: its entry in the legend; empty: no entry.
       x, y: coordinates, x ascending. Values of y that are not finite leave a gap and are marked above.
       style: `line`; `faint` (a thin line behind); `points` (a line with dots, each with its value as a tooltip);
-        `dashed` and `dotted` (references).
+        `dashed`, `dotted` and `mixed` (references).
       colour: index of the palette; null: by position among the series.
       shown: what the legend says after the name; null: the last value.
     """
@@ -63,7 +67,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    style: Literal["line", "faint", "points", "dashed", "dotted"] = "line"
+    style: Style = "line"
     colour: int | None = None
     shown: str | None = None
 
@@ -109,7 +113,7 @@ def line_chart(
     return _figure(
         Frame(title, y.label, x.label, height, tuple(entries), tuple(filter(None, remarks)), _spoken(title, series)),
         "".join(curves),
-        _horizontal(x_scale, x.at) + _vertical(y_scale, y.at),
+        _horizontal(x_scale, x.at or _whole(x_scale, series)) + _vertical(y_scale, y.at),
         _left_width(scales.labels(y.at or scales.ticks(y_scale))),
     )
 
@@ -180,25 +184,29 @@ def _figure(frame: Frame, curves: str, labels: str, left: int) -> str:
 
 
 def _on_axis(one: Series, x_scale: Scale) -> Series:
-    points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if x_scale.shows(x)]
-    return dataclasses.replace(one, x=[x for x, _ in points], y=[float(y) for _, y in points])
+    points = [(x, float(y)) for x, y in zip(one.x, one.y, strict=True) if x_scale.shows(x)]
+    values = [y if abs(y) < LARGEST else math.copysign(math.inf, y) if y == y else y for _, y in points]
+    return dataclasses.replace(one, x=[x for x, _ in points], y=values)
 
 
 def _curve(one: Series, colour: str, x_scale: Scale, y_scale: Scale) -> str:
     points = [(x, y if y_scale.shows(y) else math.nan) for x, y in zip(one.x, one.y, strict=True)]
     drawn = [(x_scale.place(x), y) for x, y in scales.thin(points, x_scale, POINTS)]
     place = _down(y_scale)
-    parts, pen = [], "M"
+    parts: list[str] = []
+    single: list[str] = []
+    pen = "M"
     for i, (x, y) in enumerate(drawn):
         if not math.isfinite(y):
             pen = "M"
             continue
-        parts.append(f"{pen}{x:.1f} {place(y):.1f}")
         alone = pen == "M" and (i + 1 == len(drawn) or not math.isfinite(drawn[i + 1][1]))
-        parts.append("h0" if alone else "")
+        # A stroke without length has round ends: a dot, which the stretched drawing does not distort.
+        (single if alone else parts).append(f"{pen}{x:.1f} {place(y):.1f}{'h0' if alone else ''}")
         pen = "L"
     style = {"points": "line"}.get(one.style, one.style)
     path = f'<path class="{colour} {style}" d="{"".join(parts)}"/>' if parts else ""
+    path += f'<path class="{colour} single" d="{"".join(single)}"/>' if single else ""
     if one.style != "points" or len(points) > MARKS:
         return path
     dots = (
@@ -252,6 +260,13 @@ def _horizontal(scale: Scale, at: Sequence[float] | None) -> str:
         f'<text class="on" x="{scale.place(v) / SPAN:.2%}" y="100%" dy="18">{escape(label)}</text>'
         for v, label in zip(values, scales.labels(values), strict=True)
     )
+
+
+def _whole(scale: Scale, series: Sequence[Series]) -> list[float] | None:
+    """Ticks without fractions, where all coordinates are such (steps)."""
+    if any(isinstance(x, float) and not x.is_integer() for one in series for x in one.x if one.name):
+        return None
+    return [v for v in scales.ticks(scale) if float(v).is_integer()] or None
 
 
 def _vertical(scale: Scale, at: Sequence[float] | None) -> str:

@@ -1,11 +1,12 @@
 """Which charts the metrics of a run give, whatever their names."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxlm.training import charts, page, scales
-from jaxlm.training.charts import Axis, Series
+from jaxlm.training import charts, page, scales, units
+from jaxlm.training.charts import Axis, Series, Style
 
 Columns = Mapping[str, Mapping[int, float]]
 
@@ -23,12 +24,15 @@ TITLES: Mapping[str, tuple[str, str, float]] = {
     "bits_per_byte": ("Validation bits per byte", "", 1.0),
 }
 
-FAMILIES = (
-    ("rewards/chosen", "rewards/rejected"),
-    ("logps/chosen", "logps/rejected"),
-    ("min_reward", "mean_reward", "max_reward"),
-)
-"""Columns that are read against each other share a chart."""
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "rewards of pairs": ("rewards/chosen", "rewards/rejected"),
+    "log-probabilities of pairs": ("logps/chosen", "logps/rejected"),
+    "range of rewards": ("min_reward", "mean_reward", "max_reward"),
+}
+"""Columns that are read against each other share a chart with this title."""
+
+START = 0.03
+"""Share of the steps that counts as the start of a loss curve."""
 
 FROM_ZERO = ("tokens_per_second", "tokens", "memory", "peak_fraction", "learning_rate")
 
@@ -49,16 +53,14 @@ def loss_chart(columns: Columns, baselines: Mapping[str, float], unit: str = "")
     drawn = _smoothed("training", steps, values) if steps else []
     if held_steps:
         drawn.append(Series("validation", held_steps, held, "points", colour=1))
-    for i, (name, value) in enumerate(baselines.items()):
-        style = "dashed" if i % 2 == 0 else "dotted"
-        drawn.append(Series(f"{name} model", [min(every), max(every)], [value, value], style, colour=7))
-    views = []
-    for log in (False, True):
-        along = Axis("step, logarithmic" if log else "step", log=log)
-        views.append(charts.line_chart("Loss", drawn, along, Axis(unit), height=300))
+    drawn += _references({f"{name} model": value for name, value in baselines.items()}, every)
+    near, note = _without_start(drawn)
+    along = Axis("step", include=(min(every),))
+    views = [charts.line_chart("Loss", near, along, Axis(unit), height=300, note=note)]
     if max(every) < 20:
         return views[0]
-    return page.either("loss", ("Steps", views[0]), ("Logarithm of steps", views[1]))
+    views += [charts.line_chart("Loss", drawn, Axis("step, logarithmic", log=True), Axis(unit), height=300)]
+    return page.either("view-of-loss", ("Steps", views[0]), ("Logarithm of steps", views[1]))
 
 
 def evaluation_charts(columns: Columns, baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -100,6 +102,11 @@ def other_charts(columns: Columns) -> tuple[list[str], dict[str, float]]:
     return found, constant
 
 
+def averaged(count: int) -> int:
+    """Over how many of its `count` values a noisy curve is averaged: 2 % of them, 1 where that is hardly any."""
+    return count // 50 if count >= 150 else 1
+
+
 def wants_log(values: Iterable[float]) -> bool:
     """Whether a logarithmic axis shows these values better: all positive, with peaks far above the rest."""
     shown = sorted(v for v in values if math.isfinite(v))
@@ -123,17 +130,26 @@ def _chart(base: str, names: Sequence[str], columns: Columns, lines: Sequence[tu
         else:
             drawn += _smoothed(label, steps, column)
     ends = [step for name in names for step in columns[name]]
-    for i, (name, value) in enumerate(lines):
-        style = "dotted" if i % 2 else "dashed"
-        drawn.append(Series(name, [min(ends), max(ends)], [value, value], style, colour=7))
+    drawn += _references(dict(lines), ends)
     down = Axis(unit, log=base not in FROM_ZERO and wants_log(values), include=(0.0,) if base in FROM_ZERO else ())
-    return charts.line_chart(title, drawn, y=down)
+    return charts.line_chart(title, drawn, y=down, height=240 if lines else 190)
+
+
+def _references(lines: Mapping[str, float], steps: Sequence[int]) -> list[Series]:
+    """Level lines over all steps, the lowest value first."""
+    # A logarithmic axis has no 0, where evaluations begin.
+    ends = (min(steps), max(1, min(steps)), max(1, *steps))
+    styles: tuple[Style, ...] = ("dashed", "dotted", "mixed")
+    ordered = sorted(lines.items(), key=lambda item: item[1])
+    return [
+        Series(name, ends, (value,) * 3, styles[i % len(styles)], colour=7) for i, (name, value) in enumerate(ordered)
+    ]
 
 
 def _smoothed(name: str, steps: Sequence[int], values: Sequence[float]) -> list[Series]:
     """A curve, and where it has enough points to be noisy, its mean over 2 % of them in front of it."""
-    window = len(values) // 50
-    if window < 3:
+    window = averaged(len(values))
+    if window == 1:
         return [Series(name, steps, values, colour=0)]
     mean = scales.smooth(values, window)
     return [
@@ -142,12 +158,40 @@ def _smoothed(name: str, steps: Sequence[int], values: Sequence[float]) -> list[
     ]
 
 
+def _without_start(drawn: Sequence[Series]) -> tuple[Sequence[Series], str]:
+    """The curves without what lies above all that comes after the first steps, and a remark that says so.
+
+    A loss falls most in the first hundredth of a run; shown whole, that leaves the rest a few pixels.
+    """
+    start = START * max(x for one in drawn for x in one.x)
+    later = [y for one in drawn for x, y in zip(one.x, one.y, strict=True) if x >= start and math.isfinite(y)]
+    every = [y for one in drawn for y in one.y if math.isfinite(y)]
+    if not later or max(every) - max(later) < (max(later) - min(later)) / 3:
+        return drawn, ""
+    note = f"The start, from {units.significant(max(every))}, lies above; the logarithmic view shows it."
+    return [part for one in drawn for part in _entering(one, max(later))], note
+
+
+def _entering(one: Series, top: float) -> list[Series]:
+    """A curve from where it first comes down to `top`: the line from there to the first point, and the rest."""
+    points = list(zip(one.x, one.y, strict=True))
+    first = next((i for i, (_, y) in enumerate(points) if y <= top), 0)
+    if first == 0:
+        return [one]
+    (x0, y0), (x1, y1) = points[first - 1], points[first]
+    rest = dataclasses.replace(one, x=one.x[first:], y=one.y[first:])
+    if not math.isfinite(y0):
+        return [rest]
+    entry = Series("", [x0 + (x1 - x0) * (y0 - top) / (y0 - y1), x1], [top, y1], colour=one.colour)
+    return [dataclasses.replace(entry, style="faint") if one.style == "faint" else entry, rest]
+
+
 def _groups(columns: Columns) -> dict[str, list[str]]:
     """Columns by the chart they belong to: evaluations beside what they evaluate, families together."""
     groups: dict[str, list[str]] = {}
     for name in columns:
         base = name.removeprefix("eval/").removeprefix("hard/")
-        base = next((family[0] for family in FAMILIES if base in family), base)
+        base = next((title for title, family in FAMILIES.items() if base in family), base)
         groups.setdefault(base, []).append(name)
     return {base: sorted(names, key=lambda name: (name.startswith("eval/"), name)) for base, names in groups.items()}
 

@@ -19,6 +19,7 @@ main{max-width:1180px;margin:0 auto;padding:1.75rem 1.25rem 3rem}
 h1{font-size:1.75rem;line-height:1.2;margin:0;letter-spacing:-.015em;overflow-wrap:anywhere}
 h2{font-size:1.1875rem;margin:2.25rem 0 .75rem;letter-spacing:-.005em}
 h3{font-size:1rem;margin:1rem 0 .4rem}
+.card>h3:first-child{margin-top:0}
 p{margin:.4rem 0}
 .soft{color:var(--soft)}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;margin:.9rem 0 0;font-size:.9375rem}
@@ -26,10 +27,11 @@ nav a{color:var(--c0);text-decoration:none;padding:.2rem 0}
 nav a:hover,nav a:focus{text-decoration:underline}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1rem 1.1rem;min-width:0}
 .grid{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr))}
-.card+.card,.grid+.grid,.card+.grid,.grid+.card,details+details{margin-top:.9rem}
+.card+.card,.grid+.grid,.card+.grid,.grid+.card,.grid+details,.card+details,.card+.pair,details+details{margin-top:.9rem}
 .grid>.card{margin:0}
-.figures{display:grid;gap:1px;grid-template-columns:repeat(auto-fit,minmax(9.75rem,1fr));overflow:hidden;padding:0}
-.figures div{padding:.75rem 1rem;box-shadow:1px 1px 0 var(--line)}
+@media (min-width:900px){.pair{display:grid;gap:.9rem;grid-template-columns:2fr 3fr}.pair>.card{margin:0}}
+.figures{display:flex;flex-wrap:wrap;overflow:hidden;padding:0}
+.figures div{flex:1 1 9.75rem;padding:.75rem 1rem;box-shadow:1px 1px 0 var(--line)}
 .figures dt{color:var(--soft);font-size:.875rem}
 .figures dd{margin:0}
 .figures .value{font-size:1.375rem;font-weight:600;line-height:1.3;font-variant-numeric:tabular-nums}
@@ -40,18 +42,17 @@ dl{margin:0}
 .facts dt{color:var(--soft)}
 .facts dd{margin:0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9375rem;min-width:100%}
-th,td{padding:.35rem .9rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{padding-left:0}
-th:last-child,td:last-child{padding-right:0}
+table{border-collapse:collapse;font-size:.9375rem;min-width:min(100%,30rem)}
+th,td{padding:.35rem .75rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 tbody tr:last-child td{border-bottom:0}
 th{font-weight:600;color:var(--soft);font-size:.8125rem}
 .n{text-align:right;font-variant-numeric:tabular-nums}
-tr.best td{font-weight:600}
-tr.best td:first-child::after{content:" best";font-weight:400;color:var(--soft);font-size:.8125rem}
+tr.best td{font-weight:600;background:var(--mark)}
+.small{font-size:.8125rem}
 pre{margin:0;font:.8125rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-x:auto;
 white-space:pre}
 pre.text{white-space:pre-wrap;overflow-wrap:anywhere}
+pre.text+pre.text{margin-top:.9rem;padding-top:.9rem;border-top:1px solid var(--line)}
 pre b{color:var(--c0);font-weight:600}
 details{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.7rem 1.1rem}
 summary{cursor:pointer;font-weight:600}
@@ -65,13 +66,13 @@ details[open]>summary{margin-bottom:.6rem}
 .tabs{display:flex;flex-wrap:wrap;gap:.3rem 1rem;align-items:center}
 .tabs>label{font-size:.875rem;padding:.15rem .1rem;cursor:pointer}
 .tabs>input{margin:0;accent-color:var(--c0)}
-.tabs>label:nth-of-type(1),.tabs>label:nth-of-type(2){margin-left:-.55rem}
+.tabs>label{margin-left:-.55rem}
 .tabs>div{flex-basis:100%;min-width:0}
 .tabs>input:nth-of-type(1):not(:checked)~div:nth-of-type(1),
 .tabs>input:nth-of-type(2):not(:checked)~div:nth-of-type(2){display:none}
 footer{margin-top:2.5rem;color:var(--soft);font-size:.8125rem}
 @media (max-width:480px){main{padding:1.1rem .8rem 2rem}h1{font-size:1.4375rem}.card,details{padding:.8rem .85rem}
-.figures{padding:0;grid-template-columns:1fr 1fr}.figures div{padding:.6rem .85rem}.figures .value{font-size:1.1875rem}
+.figures{padding:0}.figures div{flex-basis:45%;padding:.6rem .85rem}.figures .value{font-size:1.1875rem}
 .facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.5rem}}
 @media print{body{background:#fff}.card,details{break-inside:avoid}nav{display:none}}
 """
@@ -102,7 +103,7 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
       sections: in order; those without content are left out.
     """
     sections = [one for one in sections if one.html]
-    names = [_anchor(i, one.title) for i, one in enumerate(sections)]
+    names = _anchors([one.title for one in sections])
     links = "".join(f'<a href="#{name}">{escape(one.title)}</a>' for name, one in zip(names, sections, strict=True))
     body = "".join(
         f'<section id="{name}"><h2>{escape(one.title)}</h2>\n{one.html}</section>\n'
@@ -129,6 +130,11 @@ def grid(parts: Iterable[str]) -> str:
     return f'<div class="grid">{boxes}</div>\n' if boxes else ""
 
 
+def pair(first: str, second: str) -> str:
+    """Two boxes beside each other where there is room, the second the wider."""
+    return f'<div class="pair">{first}{second}</div>\n'
+
+
 def key_figures(figures: Iterable[Figure]) -> str:
     """Large numbers with their labels."""
     cells = []
@@ -144,13 +150,16 @@ def facts(pairs: Mapping[str, str]) -> str:
     return card(_list(pairs)) if pairs else ""
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str | float | None]], best: int | None = None) -> str:
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str | float | None]], best: int | None = None, note: str = ""
+) -> str:
     """A table that scrolls sideways in its box where it has to; numbers are aligned right.
 
     Args:
       headers: one a column.
       rows: cells; None is an empty one.
       best: index of the row to stress.
+      note: a remark below.
     """
     numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(headers))]
     marks = [' class="n"' if n else "" for n in numeric]
@@ -160,9 +169,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str | float | None]], 
         cells = "".join(f"<td{mark}>{escape(_cell(value))}</td>" for value, mark in zip(row, marks, strict=True))
         mark = ' class="best"' if i == best else ""
         body.append(f"<tr{mark}>{cells}</tr>")
-    return (
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>\n'
-    )
+    note = f'<p class="soft small">{escape(note)}</p>' if note else ""
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table>{inside}</table></div>{note}\n'
 
 
 def fold(title: str, html: str, aside: str = "", opened: bool = False) -> str:
@@ -217,5 +226,10 @@ def _cell(value: str | float | None) -> str:
     return value if isinstance(value, str) else units.significant(value, 5)
 
 
-def _anchor(index: int, title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or f"section-{index}"
+def _anchors(titles: Sequence[str]) -> list[str]:
+    """Names that links can point to, each another."""
+    names: list[str] = []
+    for index, title in enumerate(titles):
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        names.append(name if name and name not in names else f"{name}-section-{index}")
+    return names

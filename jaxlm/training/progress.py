@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a live line on a terminal, plain lines in a log."""
 
-import io
+import contextlib
 import math
 import os
 import sys
@@ -124,11 +124,9 @@ class Plain:
 
     def message(self, text: str) -> None:
         # A log whose reader has gone is no reason to stop a run.
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self._stream.write(text + "\n")
             self._stream.flush()
-        except (OSError, ValueError):
-            self._stream = io.StringIO()
 
     def close(self) -> None: ...
 
@@ -161,11 +159,15 @@ class Live:
         self._live.stop()
 
     def _render(self) -> Any:
-        from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
+        # A bar does not end its line by itself; the rows of a grid do.
+        rows = Table.grid()
         width = min(self._console.width, 60)
-        parts: list[Any] = [ProgressBar(total=max(self._total, 1), completed=self._done, width=width)]
-        parts += [Text(text, style=style) for text, style in ((self._line, "bold"), (self._status, "dim")) if text]
-        return Group(*parts)
+        rows.add_row(ProgressBar(total=max(self._total, 1), completed=self._done, width=width))
+        for text, style in ((self._line, "bold"), (self._status, "dim")):
+            if text:
+                rows.add_row(Text(text, style=style))
+        return rows

@@ -13,8 +13,9 @@ from jaxlm.training.summary import Summary, read_summary, write_whole
 
 REPORT_FILE = "report.html"
 CONFIG_FILE = "config.yaml"
-TABLE_ROWS = 12
+TABLE_ROWS = 8
 EARLIER_SAMPLES = 12
+BITS = "Validation bits per byte"
 
 Columns = curves.Columns
 
@@ -53,7 +54,7 @@ def report_page(run_dir: Path, sections: Sequence[Section] = ()) -> str:
     parts = [
         Section("Result", _alerts(columns) + _result(columns, summary)),
         Section("Loss", page.card(loss) if loss else ""),
-        Section("Evaluations", page.grid(curves.evaluation_charts(columns, baselines)) + _evaluations(columns)),
+        Section("Evaluations", _evaluations(columns, curves.evaluation_charts(columns, baselines))),
         Section("Course of training", page.grid(curves.course_charts(columns))),
         Section("Other metrics", page.grid(others) + _constants(constant)),
         *sections,
@@ -74,7 +75,7 @@ def _head(columns: Columns, summary: Summary) -> str:
     steps = f"{done:,} of {summary.steps:,} steps" if summary.steps else f"{done:,} steps"
     parts = [summary.objective, summary.status, steps]
     parts += [units.duration(summary.seconds)] if summary.seconds is not None else []
-    parts += [summary.finished]
+    parts += [summary.finished.replace("T", " ")]
     return f'<p class="soft">{escape(" · ".join(part for part in parts if part))}</p>\n'
 
 
@@ -88,17 +89,17 @@ def _alerts(columns: Columns) -> str:
 
 
 def _result(columns: Columns, summary: Summary) -> str:
-    figures = page.key_figures(_figures(columns, summary))
+    figures = _figures(columns, summary)
     score = _last(columns.get("eval/bits_per_byte", {}))
     scores = {name: v["bits_per_byte"] for name, v in summary.baselines.items() if "bits_per_byte" in v}
     if score is None or not scores:
-        return figures
+        return page.key_figures(figures)
     note = "Lower is better."
     if "bigram" in scores:
         gap = scores["bigram"] - score
         note = f"{abs(gap):.3f} bits per byte {'better' if gap > 0 else 'worse'} than the bigram model. {note}"
-    chart = page.bars("Validation bits per byte", {"this model": score, **scores}, "this model", note)
-    return page.card(chart) + f'<div class="grid">{figures}</div>'
+    chart = page.bars(BITS, {"this model": score, **scores}, "this model", note)
+    return page.pair(page.card(chart), page.key_figures(one for one in figures if one.label != BITS))
 
 
 def _figures(columns: Columns, summary: Summary) -> list[Figure]:
@@ -125,7 +126,7 @@ def _results(columns: Columns) -> list[Figure]:
     names = names[:4] or [name for name in ("reward", "objective/scores") if name in columns]
     figures = []
     if score := _last(columns.get("eval/bits_per_byte", {})):
-        figures.append(Figure("Validation bits per byte", f"{score:.3f}", aside=_best("eval/bits_per_byte", columns)))
+        figures.append(Figure(BITS, f"{score:.3f}", aside=_best("eval/bits_per_byte", columns)))
     for name in names:
         values = [v for v in columns[name].values() if math.isfinite(v)]
         if values:
@@ -138,9 +139,9 @@ def _losses(columns: Columns) -> list[Figure]:
     figures = []
     if (held := _last(columns.get("eval/loss", {}))) is not None:
         figures.append(Figure("Validation loss", f"{held:.4f}", aside=_best("eval/loss", columns)))
-    values = [v for v in columns.get("loss", {}).values() if math.isfinite(v)]
-    if values:
-        tail = values[-max(1, len(values) // 50) :]
+    losses = list(columns.get("loss", {}).values())
+    tail = [v for v in losses[-curves.averaged(len(losses)) :] if math.isfinite(v)]
+    if tail:
         aside = f"mean of the last {len(tail)} steps" if len(tail) > 1 else "last step"
         figures.append(Figure("Training loss", f"{sum(tail) / len(tail):.4f}", aside=aside))
     return figures
@@ -166,7 +167,7 @@ def _best(name: str, columns: Columns) -> str:
     return "best of the run" if step == max(values) else f"best {values[step]:.4f} at step {step:,}"
 
 
-def _evaluations(columns: Columns) -> str:
+def _evaluations(columns: Columns, drawn: Sequence[str]) -> str:
     held = {name: values for name, values in columns.items() if name.startswith("eval/")}
     steps = sorted({step for values in held.values() for step in values})
     if not steps:
@@ -177,7 +178,9 @@ def _evaluations(columns: Columns) -> str:
     headers = ["step", *(name.removeprefix("eval/") for name in held)]
     rows: list[list[Any]] = [[step, *(values.get(step) for values in held.values())] for step in steps]
     short = [row for row in rows if row[0] in kept]
-    shown = page.table(headers, short, best=kept.index(best) if best is not None else None)
+    row, note = (kept.index(best), "Marked: the lowest validation loss.") if best is not None else (None, "")
+    table = page.table(headers, short, row, note)
+    shown = page.grid([*drawn, table]) if len(headers) <= 3 else page.grid(drawn) + page.card(table)
     if len(short) == len(rows):
         return shown
     return shown + page.fold("All evaluations", page.table(headers, rows), f"{len(rows):,}")
@@ -195,12 +198,12 @@ def _samples(path: Path) -> str:
     if not found:
         text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
         return page.card(page.verbatim(text)) if text else ""
-    blocks = {step: "".join(page.card(page.prose(*one)) for one in several) for step, several in found.items()}
+    blocks = {step: "".join(page.prose(*one) for one in several) for step, several in found.items()}
     *earlier, last = blocks
     kept = _spread(earlier, EARLIER_SAMPLES)
-    older = "".join(page.fold(f"Step {step:,}", blocks[step]) for step in reversed(kept))
-    more = f"<h3>Earlier</h3>{older}" if older else ""
-    return f'<p class="soft">After step {last:,}; the prompt is in colour.</p>{blocks[last]}{more}'
+    older = "".join(f"<h3>Step {step:,}</h3>{blocks[step]}" for step in reversed(kept))
+    more = page.fold("Earlier samples", older, f"after {len(kept):,} steps from {kept[0]:,} on") if older else ""
+    return f'<p class="soft">After step {last:,}; the prompt is in colour.</p>{page.card(blocks[last])}{more}'
 
 
 def _configuration(path: Path) -> str:
@@ -211,11 +214,11 @@ def _configuration(path: Path) -> str:
 
 
 def _spread(steps: Sequence[int], limit: int, keep: int | None = None) -> list[int]:
-    """At most about `limit` of the steps, evenly, with the first, the last and `keep`."""
+    """About `limit` of the steps at most, at equal distances back from the last, with the first and `keep`."""
     if len(steps) <= limit:
         return list(steps)
-    picked = {steps[round(i * (len(steps) - 1) / (limit - 1))] for i in range(limit)}
-    return sorted(picked | ({keep} if keep is not None else set()))
+    stride = math.ceil((len(steps) - 1) / (limit - 1))
+    return sorted({*steps[::-1][::stride], steps[0], *([keep] if keep is not None else [])})
 
 
 def _last(column: Mapping[int, float]) -> float | None:

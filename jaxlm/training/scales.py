@@ -10,6 +10,9 @@ from jaxlm.training import units
 SPAN = 1000.0
 """Length of an axis in drawing units."""
 
+LARGEST = 1e100
+"""Values beyond it count as infinite, and as 0 below its inverse: the length of their axis could not be computed."""
+
 
 class Scale(NamedTuple):
     """A linear or logarithmic axis from `low` to `high`, drawn on 0 to `SPAN`."""
@@ -20,7 +23,7 @@ class Scale(NamedTuple):
 
     def shows(self, value: float) -> bool:
         """Whether the value can be drawn: finite, and positive on a logarithmic axis."""
-        return math.isfinite(value) and (value > 0 or not self.log)
+        return abs(value) < LARGEST and (value > 1 / LARGEST or not self.log)
 
     def place(self, value: float) -> float:
         """Position on the axis; outside 0 to `SPAN` for values beyond its ends."""
@@ -40,6 +43,8 @@ def fit(values: Iterable[float], *, log: bool = False, margin: float = 0.0, incl
     probe = Scale(1.0, 2.0, log)
     shown = [float(v) for v in (*values, *include) if probe.shows(v)]
     low, high = (min(shown), max(shown)) if shown else (1.0, 10.0)
+    if low == high == 0.0:
+        low, high, margin = 0.0, 1.0, 0.0
     if low == high:
         low, high = (low / 2, low * 2) if log else (low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2)
         margin = 0.0
@@ -64,18 +69,16 @@ def ticks(scale: Scale, count: int = 5) -> list[float]:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Tick labels that are all written alike: `0`, `0.5`, `1.0`; `10k`, `20k`; `1e-4`, `2e-4`."""
-    sizes = [abs(v) for v in values if v]
-    if not sizes:
-        return [units.significant(v) for v in values]
-    if max(sizes) < 1e-2 or (min(sizes) < 1e-2 and max(sizes) / min(sizes) > 100):
-        return [_scientific(v) for v in values]
-    if max(sizes) >= 1e4:
-        return _suffixed(values, max(sizes))
-    gaps = [b - a for a, b in itertools.pairwise(values)]
-    even = len(gaps) > 1 and max(gaps) < 1.01 * min(gaps)
-    decimals = max((_decimals(v) for v in values), default=0)
-    return [f"{v:.{decimals}f}" if even else f"{v:.{_decimals(v)}f}" for v in values]
+    """Tick labels that are all written alike, with the digits it takes to tell them apart.
+
+    `0`, `0.5`, `1.0`; `10k`, `20k`; `1e-4`, `2e-4`
+    """
+    written: list[str] = []
+    for digits in range(3, 16):
+        written = _written(values, digits)
+        if len(set(written)) == len(set(values)):
+            break
+    return written
 
 
 def thin(points: Sequence[tuple[float, float]], scale: Scale, limit: int = 600) -> list[tuple[float, float]]:
@@ -106,7 +109,11 @@ def thin(points: Sequence[tuple[float, float]], scale: Scale, limit: int = 600) 
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean over `window` values, fewer at the ends; values that are not finite are left out of every mean."""
+    """Centred mean over `window` values; those that are not finite are left out of every mean.
+
+    Towards the start the window narrows, since a steep beginning would be bent otherwise; at the end it stays, so the
+    last value is the mean of the last `window`.
+    """
     half = window // 2
     totals, counts = [0.0], [0]
     for value in values:
@@ -115,9 +122,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
         counts.append(counts[-1] + finite)
     means = []
     for index in range(len(values)):
-        # As wide to the left as to the right, or the ends would be bent by a slope.
-        reach = min(half, index, len(values) - 1 - index)
-        start, stop = index - reach, index + reach + 1
+        reach = min(half, index)
+        start = max(0, min(index - reach, len(values) - window))
+        stop = min(index + reach + 1, len(values))
         count = counts[stop] - counts[start]
         means.append((totals[stop] - totals[start]) / count if count else math.nan)
     return means
@@ -145,18 +152,35 @@ def _log_ticks(scale: Scale, count: int) -> list[float]:
     return found
 
 
-def _scientific(value: float) -> str:
+def _written(values: Sequence[float], digits: int) -> list[str]:
+    sizes = [abs(v) for v in values if v] or [1.0]
+    if max(sizes) < 1e-2 or (min(sizes) < 1e-2 and max(sizes) / min(sizes) > 100):
+        return [_scientific(v, digits) for v in values]
+    if max(sizes) >= 1e4:
+        unit, suffix = next(step for step in units.PREFIXES if max(sizes) >= step[0])
+        return [_suffixed(v, unit, suffix, digits) for v in values]
+    gaps = [b - a for a, b in itertools.pairwise(values)]
+    even = len(gaps) > 1 and max(gaps) < 1.01 * min(gaps)
+    decimals = max((_decimals(v, digits) for v in values), default=0)
+    return [f"{v:.{decimals if even else _decimals(v, digits)}f}" for v in values]
+
+
+def _scientific(value: float, digits: int) -> str:
     if not value:
         return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def _suffixed(values: Sequence[float], largest: float) -> list[str]:
-    unit, suffix = next(((u, s) for u, s in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if largest >= u))
-    return [f"{v / unit:g}{suffix}" if abs(v) >= unit else units.compact(v) for v in values]
+def _suffixed(value: float, unit: float, suffix: str, digits: int) -> str:
+    if not value:
+        return "0"
+    if abs(value) < unit:
+        return units.compact(value)
+    text = f"{value / unit:.{digits}g}"
+    return f"{float(text):.0f}{suffix}" if "e" in text else text + suffix
 
 
-def _decimals(value: float) -> int:
-    text = f"{value:.4f}".rstrip("0")
+def _decimals(value: float, digits: int) -> int:
+    text = f"{value:.{digits + 1}f}".rstrip("0")
     return len(text) - text.index(".") - 1

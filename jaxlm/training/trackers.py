@@ -4,6 +4,7 @@ Each tracker lives in a thread of its own, behind a bounded queue: a server that
 costs one warning, and the run goes on without that tracker. Missing packages are found at the start.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -74,7 +75,7 @@ def open_trackers(
                 f"install it with pip install 'jaxlm[{kind.extra}]' or leave {name} out"
             )
     warn = warn or (lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
-    return [Guarded(name, lambda kind=TRACKERS[name]: kind.open(Path(run_dir), config), warn) for name in names]
+    return [Guarded(name, functools.partial(TRACKERS[name].open, Path(run_dir), config), warn) for name in names]
 
 
 class Guarded:

@@ -2,8 +2,8 @@
 
 import math
 
-_PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def significant(value: float, digits: int = 4) -> str:
@@ -20,12 +20,12 @@ def significant(value: float, digits: int = 4) -> str:
 
 def compact(value: float) -> str:
     """A count with a suffix: `950`, `12.3k`, `4.2M`, `1.1B`, `3.0T`."""
-    return _scaled(value, _PREFIXES, "")
+    return _scaled(value, PREFIXES, "")
 
 
 def size(count: float) -> str:
     """A number of bytes in decimal units: `1.2 GB`."""
-    return _scaled(count, _BYTES, " ") if abs(count) >= 1e3 else f"{count:.0f} B"
+    return _scaled(count, BYTES, " ") if abs(count) >= 1e3 else f"{count:.0f} B"
 
 
 def clock(seconds: float) -> str:
