@@ -1,7 +1,6 @@
 """Files of a run directory besides its records: the resolved configuration, samples, summary, final export, report."""
 
 import datetime
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ def finish(run: "Run", step: int) -> None:
     params = place.gather({**setup.frozen, **run.params})
     if not multihost.is_main():
         return
-    save(directory / "hf", setup.cfg, params, tokenizer=directory / "tokenizer.json")
+    save(directory / "hf", setup.program.cfg, params, tokenizer=directory / "tokenizer.json")
     write_summary(directory, summary(run, "done" if step == run.train.steps else "stopped early"))
     page = write_report(directory)
     run.progress.message(f"done: {page}")

@@ -19,9 +19,10 @@ from jaxlm.training import finish, lock, signals, stopping
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.evaluate import Scorer, text_metrics, text_sums
 from jaxlm.training.meta import compare_meta
+from jaxlm.training.plan import check_limit
 from jaxlm.training.progress import Progress, open_progress
 from jaxlm.training.recorder import Recorder
-from jaxlm.training.setup import Setup, global_batch, prepare, use_compilation_cache
+from jaxlm.training.setup import Setup, global_batch, prepare, start, use_compilation_cache
 from jaxlm.training.step import State, train_step
 from jaxlm.training.stopping import Stopping
 from jaxlm.types import Batch, Variables
@@ -43,6 +44,7 @@ def train(config: "RunConfig") -> int:
     use_compilation_cache()
     multihost.initialize()
     setup = prepare(config)
+    check_limit(config, setup.program, setup.frozen)
     multihost.agree("configuration and data", repr(setup.identity).encode())
     directory = Path(config.run.dir)
     progress = open_progress(config.train.steps, enabled=multihost.is_main())
@@ -65,12 +67,12 @@ class Run:
         self.state, tokens = self._resume_or_start()
         finish.write_files(setup, directory)
         self.recorder = Recorder(setup, directory, progress, tokens)
-        shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
+        program = setup.program
         self.step_function = jax.jit(
-            functools.partial(train_step, setup.recipe), donate_argnums=0, out_shardings=(shardings, None)
+            functools.partial(train_step, program.recipe), donate_argnums=0, out_shardings=(program.shardings, None)
         )
         bytes_V = jnp.asarray(setup.data.token_bytes, jnp.float32)
-        self.score: Scorer = jax.jit(functools.partial(text_sums, setup.recipe.apply, bytes_V))
+        self.score: Scorer = jax.jit(functools.partial(text_sums, program.recipe.apply, bytes_V))
         self.pending: tuple[int, dict[str, Any]] | None = None
 
     def go(self, stop: signals.Stop) -> int:
@@ -120,20 +122,21 @@ class Run:
 
     def _resume_or_start(self) -> tuple[State, int]:
         identity = self.setup.identity
-        restored = self.checkpoints.restore(self.setup.abstract, lambda saved: compare_meta(saved, identity))
+        restored = self.checkpoints.restore(self.setup.program.abstract, lambda saved: compare_meta(saved, identity))
         if restored is None:
             self.progress.status("initialising")
-            return self.setup.start(), 0
+            return start(self.setup.config.model.path, self.setup.program), 0
         self.stopping = stopping.from_json(restored.meta["stopping"])
         self.seconds = float(restored.meta["seconds"])
         self.progress.message(f"resuming {self.directory} at step {restored.step}")
         return restored.state, int(restored.meta["tokens"])
 
-    def _batches(self, start: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+    def _batches(self, first: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         setup = self.setup
         loader = Loader(setup.data.train, self.train.batch_size, setup.config.run.seed)
         return prefetch(
-            lambda step: global_batch(setup.data.train, loader.rows(step), setup.mesh), range(start, self.train.steps)
+            lambda step: global_batch(setup.data.train, loader.rows(step), setup.program.mesh),
+            range(first, self.train.steps),
         )
 
     def _step(self, step: int, batch: Batch) -> None:
@@ -167,7 +170,7 @@ class Run:
             data, size = self.setup.data.validation, self.train.batch_size
             count = len(data) if self.train.eval_batches is None else min(len(data), self.train.eval_batches * size)
             rows = np.pad(np.arange(count), (0, -count % size), constant_values=-1).reshape(-1, size)
-            batches = (global_batch(data, part, self.setup.mesh) for part in rows)
+            batches = (global_batch(data, part, self.setup.program.mesh) for part in rows)
             values = text_metrics(self.score, {**self.setup.frozen, **self.params}, batches)
             self.recorder.evaluation(step, values)
             self.recorder.samples(step, finish.take_samples(self.setup, self.params))

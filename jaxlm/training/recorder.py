@@ -30,9 +30,10 @@ class Recorder:
     def __init__(self, setup: Setup, directory: Path, progress: Progress, tokens: int) -> None:
         self.tokens, self.skips, self.first = tokens, 0, True
         self._directory, self._progress, self._total = directory, progress, setup.config.train.steps
-        devices = list(setup.mesh.devices.flat)
-        peak = throughput.peak_flops(devices[0].device_kind, setup.compute.dtype)
-        self.flops_per_token = throughput.flops_per_token(setup.cfg, setup.config.data.sequence_length)
+        program = setup.program
+        devices = list(program.mesh.devices.flat)
+        peak = throughput.peak_flops(devices[0].device_kind, program.compute.dtype)
+        self.flops_per_token = throughput.flops_per_token(program.cfg, setup.config.data.sequence_length)
         self.peak = None if peak is None else peak * len(devices)
         self._meter = throughput.Meter(self._total, self.flops_per_token, self.peak)
         self._device = devices[0] if devices[0].process_index == jax.process_index() else None

@@ -35,31 +35,48 @@ SCAN_FROM = {"cpu": 13}
 """Layers from which scanning pays: unrolled steps are faster on CPU, scanned ones compile sooner."""
 
 
+class Program(NamedTuple):
+    """What a configuration compiles to, data aside.
+
+    Attributes:
+      cfg: the model, with muP's forward factors.
+      mesh: the devices.
+      compute: precision, memory policy, placement.
+      recipe: the step's static parts.
+      plan: muP factors of the trained leaves, or None.
+      fresh: makes the trained trees of step 0, unplaced.
+      abstract: the state's structure with shapes, dtypes and shardings.
+    """
+
+    cfg: ModelConfig
+    mesh: Mesh
+    compute: Compute
+    recipe: Recipe
+    plan: mup.Plan | None
+    fresh: Callable[[], Variables]
+    abstract: State
+
+    @property
+    def shardings(self) -> State:
+        """How the state lies on the mesh."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
 class Setup(NamedTuple):
     """A run, ready to start.
 
     Attributes:
       config: as given.
-      cfg: the model, with vocabulary, special tokens and muP's forward factors.
+      program: what it compiles to.
       data: tokenizer and rows.
-      mesh: all devices.
-      compute: precision, memory policy, placement.
-      recipe: the step's static parts.
       frozen: trees that are used and not trained, on the mesh.
-      abstract: the state's structure with shapes, dtypes and shardings.
-      start: makes the state of step 0 on the mesh.
       identity: what a checkpoint is compared by when the run is resumed; JSON values.
     """
 
     config: "RunConfig"
-    cfg: ModelConfig
+    program: Program
     data: Data
-    mesh: Mesh
-    compute: Compute
-    recipe: Recipe
     frozen: Variables
-    abstract: State
-    start: Callable[[], State]
     identity: dict[str, Any]
 
 
@@ -70,8 +87,6 @@ def prepare(config: "RunConfig") -> Setup:
       ValueError, FileNotFoundError: `where: what; what to do`.
     """
     mesh = meshes.make(config.mesh)
-    train = config.train
-    meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
     directory = None if config.model.path is None else load_config(config.model.path)
     data = open_data(
         config.data,
@@ -80,6 +95,17 @@ def prepare(config: "RunConfig") -> Setup:
         vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
     )
     cfg = model_config(config, directory, data.tokenizer)
+    return Setup(config, assemble(config, cfg, mesh), data, {}, identity(config, data))
+
+
+def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
+    """The program of a run on a mesh; makes no array.
+
+    Raises:
+      ValueError: sizes that cannot be cut over the mesh, naming both fields; a model that cannot be.
+    """
+    train = config.train
+    meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
     meshes.check_model(mesh.shape, cfg)
     base = None if config.mup is None else config.mup.base_of(cfg)
     fresh = functools.partial(_fresh, cfg, base, config.run.seed)
@@ -101,18 +127,16 @@ def prepare(config: "RunConfig") -> Setup:
     abstract = jax.eval_shape(lambda: init_state(recipe, fresh()))
     shardings = rules.shardings_like(abstract, trained, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return Setup(
-        config=config,
-        cfg=cfg,
-        data=data,
-        mesh=mesh,
-        compute=compute,
-        recipe=recipe,
-        frozen={},
-        abstract=abstract,
-        start=functools.partial(_start, config.model.path, recipe, fresh, mesh, shardings),
-        identity=identity(config, data),
-    )
+    return Program(cfg, mesh, compute, recipe, plan, fresh, abstract)
+
+
+def start(path: str | None, program: Program) -> State:
+    """The state of step 0 on the mesh: fresh, or with the weights of the model directory at `path`."""
+    build = functools.partial(init_state, program.recipe)
+    if path is None:
+        return jax.jit(lambda: build(program.fresh()), out_shardings=program.shardings)()
+    _, params = load(path, mesh=program.mesh)
+    return jax.jit(build, out_shardings=program.shardings)(params)
 
 
 def model_tokenizer(path: str | None) -> Tokenizer | None:
@@ -123,12 +147,17 @@ def model_tokenizer(path: str | None) -> Tokenizer | None:
     return None if folder is None else load_tokenizer(str(folder))
 
 
+def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
+    """A model directory's architecture with what the configuration adds to it."""
+    return dataclasses.replace(directory, dropout=config.train.dropout, lora=config.lora)
+
+
 def model_config(config: "RunConfig", directory: ModelConfig | None, tokenizer: Tokenizer) -> ModelConfig:
     """The architecture: of the model directory, or of the configuration with the tokenizer's vocabulary."""
     if directory is not None:
-        return dataclasses.replace(directory, dropout=config.train.dropout, lora=config.lora)
+        return of_directory(config, directory)
     cfg = config.architecture(tokenizer.size)
-    if cfg.V < tokenizer.size:
+    if tokenizer.size > cfg.V:
         raise ValueError(
             f"model.vocab_size: {cfg.V} is smaller than the tokenizer's {tokenizer.size}; raise it or leave it out"
         )
@@ -141,7 +170,7 @@ def make_compute(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Compute:
     return Compute(
         dtype=train.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=train.remat,
-        scan=cfg.N >= SCAN_FROM.get(platform, 0) if train.scan is None else train.scan,
+        scan=SCAN_FROM.get(platform, 0) <= cfg.N if train.scan is None else train.scan,
         attention=train.attention,
         constrain=place.constrain(mesh),
         mesh=mesh,
@@ -184,10 +213,3 @@ def use_compilation_cache() -> None:
 def _fresh(cfg: ModelConfig, base: ModelConfig | None, seed: int) -> Variables:
     key = jax.random.key(seed)
     return transformer.init(cfg, key) if base is None else mup.init(cfg, base, key)
-
-
-def _start(path: str | None, recipe: Recipe, fresh: Callable[[], Variables], mesh: Mesh, shardings: State) -> State:
-    if path is None:
-        return jax.jit(lambda: init_state(recipe, fresh()), out_shardings=shardings)()
-    _, params = load(path, mesh=mesh)
-    return jax.jit(functools.partial(init_state, recipe), out_shardings=shardings)(params)

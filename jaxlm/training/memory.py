@@ -1,0 +1,90 @@
+"""Device memory of a run by formula: what is held between steps, and the peak inside one."""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from jaxlm.nn.compute import Compute
+from jaxlm.nn.config import ModelConfig
+from jaxlm.objectives.cross_entropy import CHUNK
+from jaxlm.types import Tree
+
+GB = 1e9
+
+
+class Memory(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+      parameters: trained and frozen. moments: of the optimiser. average: moving average of parameters.
+      gradients: float32, one copy, and a second while microbatches are added up.
+      activations: what the backward pass keeps of all layers under the remat policy, and one layer at work.
+      logits: one chunk of them with its gradient, and the gradient of the head.
+    """
+
+    parameters: int
+    moments: int
+    average: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Load(NamedTuple):
+    """What one device works on at a time: rows of a microbatch and positions of a row, after cutting over the mesh."""
+
+    rows: int
+    positions: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.positions
+
+
+def device_bytes(tree: Tree) -> int:
+    """Bytes of a tree on one device; leaves have shape, dtype and, if they are cut, a sharding."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def activation_bytes(cfg: ModelConfig, compute: Compute, load: Load, tensor: int = 1) -> int:
+    """Bytes kept for the backward pass over all layers, and those of one layer being computed.
+
+    Per token and layer, in elements of the compute dtype, with H, G and F cut over `tensor`:
+
+        everything   4 D + 2 H K + 2 G K + 3 F     layer input, two norms, branch output, q and mixed values, k and v,
+                                                   gate, up and their product
+        dots         3 D + H K + 2 G K + 2 F       layer input and the result of every matrix product
+        block        3 D                           layer input and both branch outputs
+        full         D                             layer input
+    """
+    width = 2 if compute.dtype == "bfloat16" else 4
+    heads, groups = cfg.H * cfg.K / tensor, cfg.G * cfg.K / tensor
+    inner = (cfg.moe.top_k * (cfg.moe.d_ff or cfg.F) if cfg.moe is not None else cfg.F) / tensor
+    everything = 4 * cfg.D + 2 * heads + 2 * groups + (3 if cfg.gated else 2) * inner
+    kept = {
+        "none": everything,
+        "dots": 3 * cfg.D + heads + 2 * groups + (2 if cfg.gated else 1) * inner,
+        "block": 3 * cfg.D,
+        "full": cfg.D,
+        "offload": cfg.D,
+    }[compute.remat]
+    # Norms and activations are computed in float32; the backward pass of a layer holds about as much again.
+    working = 2 * everything * load.tokens * width
+    return int(cfg.N * kept * load.tokens * width + working)
+
+
+def logits_bytes(cfg: ModelConfig, load: Load, tensor: int = 1) -> int:
+    """Bytes of one chunk of float32 logits and of its gradient."""
+    rows = load.rows * max(1, min(load.positions, CHUNK // load.rows))
+    return 2 * 4 * rows * cfg.V // tensor
