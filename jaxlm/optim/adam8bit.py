@@ -2,11 +2,12 @@
 
 Codes are spaced by a power, so that small entries of a block keep their precision: with s the block's largest value,
 
-    first moment    x = s sign(c) (c / 127)^2,  c in -127..127
-    second moment   x = s (c / 255)^4,          c in 0..255, at least 1 where x > 0
+    first moment    x = s sign(c) (c / 127)^4,  c in -127..127
+    second moment   x = s (c / 255)^8,          c in 0..255, at least 2 where x > 0
 
-The first moment is off by at most s / 100, the root of the second by at most sqrt(s) / 200: a denominator that was not
-zero never becomes zero, which is what makes blockwise moments dangerous.
+The first moment is off by at most s / 60, the root of the second by at most sqrt(s) / 120, and entries a thousand times
+smaller than the largest by about a tenth of themselves. A denominator that was not zero never becomes zero, nor
+smaller than the smallest numerator: that is what would make blockwise moments dangerous.
 """
 
 from collections.abc import Callable
@@ -69,27 +70,27 @@ def scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransfo
 def encode_signed(x: Array) -> tuple[Array, Array]:
     """[..., F] -> codes int8 [..., F] and scales float32 [..., blocks]."""
     scale = _largest(x)
-    root = jnp.sqrt(jnp.abs(x) / _spread(jnp.where(scale > 0, scale, 1.0), x.shape[-1]))
+    root = jnp.sqrt(jnp.sqrt(jnp.abs(x) / _spread(jnp.where(scale > 0, scale, 1.0), x.shape[-1])))
     return (jnp.sign(x) * jnp.round(127.0 * root)).astype(jnp.int8), scale
 
 
 def decode_signed(codes: Array, scale: Array) -> Array:
     """The inverse of `encode_signed`, float32 [..., F]."""
     part = codes.astype(jnp.float32) / 127.0
-    return part * jnp.abs(part) * _spread(scale, codes.shape[-1])
+    return jnp.sign(part) * part**4 * _spread(scale, codes.shape[-1])
 
 
 def encode_positive(x: Array) -> tuple[Array, Array]:
     """[..., F], nowhere negative -> codes uint8 [..., F] and scales float32 [..., blocks]."""
     scale = _largest(x)
-    root = jnp.sqrt(jnp.sqrt(x / _spread(jnp.where(scale > 0, scale, 1.0), x.shape[-1])))
-    codes = jnp.maximum(jnp.round(255.0 * root), (x > 0).astype(root.dtype))
+    root = jnp.sqrt(jnp.sqrt(jnp.sqrt(x / _spread(jnp.where(scale > 0, scale, 1.0), x.shape[-1]))))
+    codes = jnp.where(x > 0, jnp.maximum(jnp.round(255.0 * root), 2.0), 0.0)
     return codes.astype(jnp.uint8), scale
 
 
 def decode_positive(codes: Array, scale: Array) -> Array:
     """The inverse of `encode_positive`, float32 [..., F]."""
-    return jnp.square(jnp.square(codes.astype(jnp.float32) / 255.0)) * _spread(scale, codes.shape[-1])
+    return (codes.astype(jnp.float32) / 255.0) ** 8 * _spread(scale, codes.shape[-1])
 
 
 def _scale_shape(w: Array) -> tuple[int, ...]:
