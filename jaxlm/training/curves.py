@@ -154,7 +154,7 @@ def _smoothed(name: str, steps: Sequence[int], values: Sequence[float]) -> list[
     mean = scales.smooth(values, window)
     return [
         Series("", steps, values, "faint", colour=0),
-        Series(f"{name} (mean of {window} steps)".strip() if name else "", steps, mean, colour=0),
+        Series(f"{name} (mean of {window:,} steps)".strip() if name else "", steps, mean, colour=0),
     ]
 
 

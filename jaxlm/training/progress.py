@@ -142,7 +142,9 @@ class Live:
         self._line: str | None = None
         self._status: str | None = None
         self._console = Console(file=stream, highlight=False)
-        self._live = RichLive(console=self._console, refresh_per_second=4, get_renderable=self._render)
+        self._live = RichLive(
+            console=self._console, refresh_per_second=4, get_renderable=self._render, redirect_stdout=False
+        )
         self._live.start()
 
     def status(self, text: str) -> None:

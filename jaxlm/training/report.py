@@ -59,8 +59,8 @@ def report_page(run_dir: Path, sections: Sequence[Section] = ()) -> str:
         Section("Other metrics", page.grid(others) + _constants(constant)),
         *sections,
         Section("Samples", _samples(run_dir / samples.SAMPLES_FILE)),
-        Section("Configuration", _configuration(run_dir / CONFIG_FILE)),
         Section("Environment", page.facts({**summary.facts, **summary.environment})),
+        Section("Configuration", _configuration(run_dir / CONFIG_FILE)),
     ]
     return page.page(summary.name or run_dir.resolve().name, _head(columns, summary), parts)
 
@@ -142,7 +142,7 @@ def _losses(columns: Columns) -> list[Figure]:
     losses = list(columns.get("loss", {}).values())
     tail = [v for v in losses[-curves.averaged(len(losses)) :] if math.isfinite(v)]
     if tail:
-        aside = f"mean of the last {len(tail)} steps" if len(tail) > 1 else "last step"
+        aside = f"mean of the last {len(tail):,} steps" if len(tail) > 1 else "last step"
         figures.append(Figure("Training loss", f"{sum(tail) / len(tail):.4f}", aside=aside))
     return figures
 
@@ -210,7 +210,7 @@ def _configuration(path: Path) -> str:
     if not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace")
-    return page.fold(CONFIG_FILE, page.verbatim(text), "every field with its value; enough to run it again")
+    return page.fold(CONFIG_FILE, page.verbatim(text), "every field with its value; enough to run it again", True)
 
 
 def _spread(steps: Sequence[int], limit: int, keep: int | None = None) -> list[int]:
