@@ -138,8 +138,8 @@ def open_bins(folder: str | Path, vocab_size: int | None = None) -> Bins:
     return dataclasses.replace(bins, content=content.hexdigest())
 
 
-def check_ids(bins: Bins, vocab_size: int) -> None:
-    """Raise ValueError, naming the position, if a token id is not below `vocab_size`.
+def check_ids(bins: Bins, vocab_size: int, name: str | None = None) -> None:
+    """Raise ValueError, naming the position (in the file, or in what is called `name`), if an id is too large.
 
     Files too large to read at every start are searched only if their manifest says that there is such an id; their rows
     are checked as they are read.
@@ -147,19 +147,19 @@ def check_ids(bins: Bins, vocab_size: int) -> None:
     if bins.tokens.nbytes > VERIFY_BYTES and bins.manifest["max_id"] < vocab_size:
         return
     for start in range(0, len(bins.tokens), CHUNK):
-        refuse_ids(bins, vocab_size, start, min(start + CHUNK, len(bins.tokens)))
+        refuse_ids(bins, vocab_size, start, min(start + CHUNK, len(bins.tokens)), name)
 
 
-def refuse_ids(bins: Bins, vocab_size: int, start: int, stop: int) -> None:
+def refuse_ids(bins: Bins, vocab_size: int, start: int, stop: int, name: str | None = None) -> None:
     """Raise ValueError, naming the position, if one of the tokens [start, stop) is not below `vocab_size`."""
     tokens = bins.tokens[start:stop]
     if tokens.size and tokens.max() >= vocab_size:
         position = start + int(np.argmax(tokens >= vocab_size))
         document = int(np.searchsorted(bins.documents, position, "right"))
         raise ValueError(
-            f"{bins.folder / TOKENS}: token {position} (in document {document}, from 1) is id "
+            f"{name or bins.folder / TOKENS}: token {position} (in document {document}, from 1) is id "
             f"{bins.tokens[position]}, outside the vocabulary of {vocab_size}; "
-            "use the tokenizer that made the bins or a larger model.vocab_size"
+            "use the model's tokenizer or a larger model.vocab_size"
         )
 
 

@@ -101,9 +101,8 @@ def _reference() -> list[Document]:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions split it off
         return []
-    return [
-        Document(f"{TOPICS}:{name}", topics[name], _group(TOPICS)) for name in sorted(topics) if topics[name].strip()
-    ]
+    first_names = {topics[name]: name for name in sorted(topics, reverse=True)}  # some texts stand under two names
+    return [Document(f"{TOPICS}:{name}", text, _group(TOPICS)) for text, name in reversed(first_names.items())]
 
 
 def _docstring_rows(documents: list[Document]) -> Iterator[dict[str, str]]:

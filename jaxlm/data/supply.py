@@ -110,9 +110,9 @@ def _open_running(request: _Request) -> Data:
         bins, tokenizer = prepared(content, parts, request.tokenizer, request.vocab_size)
         held_out = open_bins(bins.folder / VALIDATION) if is_bins(bins.folder / VALIDATION) else None
     vocab_size = request.vocab_size or tokenizer.size
-    for part in (bins, held_out):
+    for part, name in ((bins, request.name), (held_out, _validation_name(config))):
         if part is not None:
-            check_ids(part, vocab_size)
+            check_ids(part, vocab_size, name)
     length, total = config.sequence_length, len(bins.tokens)
     if not total:
         raise ValueError(f"{request.name}: no text; give a file with something in it")
