@@ -1,6 +1,5 @@
 """Checkpoints: what is saved comes back to the last bit, on any mesh; what is kept, refused and named."""
 
-import json
 import time
 from typing import Any, NamedTuple
 
@@ -275,9 +274,25 @@ def test_an_error_in_the_background_is_raised_at_the_next_check(opened, monkeypa
     assert capfd.readouterr().err == ""
 
 
-def test_the_description_is_json(opened):
+def test_a_step_of_a_newer_layout_is_refused_and_left_alone(opened, monkeypatch):
     checkpoints = opened()
-    checkpoints.save(1, {"w": jnp.zeros(4)}, {"position": [1, 2]})
-    checkpoints.wait()
-    found = json.loads((checkpoints.directory / "1" / "meta" / "metadata").read_text())
-    assert found["position"] == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(meta, "SCHEMA", meta.SCHEMA + 1)
+        checkpoints.save(1, {"w": jnp.zeros(4)}, {})
+    with pytest.raises(ValueError, match=r"/1: written by a newer version \(layout 2, this one knows 1\)"):
+        checkpoints.restore({"w": jnp.zeros(4)}, accept)
+    assert checkpoints.steps() == [1]
+
+
+def test_a_description_that_is_not_json_is_an_error(opened):
+    checkpoints = opened()
+    with pytest.raises(
+        checkpoint.SaveFailed, match=r"/1: could not be saved: .*not JSON serializable; no step has been"
+    ):
+        checkpoints.save(1, {"w": jnp.zeros(4)}, {"position": {1, 2}})
+    assert list(checkpoints.directory.iterdir()) == []
+
+
+def test_too_few_steps_to_fall_back_to_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep 1"):
+        Checkpoints(tmp_path, print, keep=1)

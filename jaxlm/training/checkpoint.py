@@ -12,6 +12,7 @@ empty directories for steps and NaN for the best metric, and tells of a failed s
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,19 +52,15 @@ class Restored:
 class Checkpoints:
     """The checkpoints of the run that this program trains; with several processes each opens it.
 
-    checkpoints = Checkpoints(run / "checkpoints", report)
-    restored = checkpoints.restore(abstract, accept)       # None in a new run
-    for step in ...:
-        checkpoints.check()                                # raises what went wrong in the background
-        checkpoints.save(step, state, description, metric) # returns when the state is copied
-    checkpoints.close()                                    # waits for the last save
+    Open, `restore` (None in a new run), then at every step `check`, now and then `save`, and at the end `close`,
+    whatever happens (`contextlib.closing`): a program that ends during a save leaves that step unfinished.
     """
 
     def __init__(self, directory: str | Path, report: Report, *, keep: int = 2, mode: str = "min"):
         """Open or make the directory; what unfinished saves left behind is removed.
 
         Args:
-          directory: `checkpoints/` of the run; with several processes, one that all of them see.
+          directory: `checkpoints/` of the run; with several processes, one on a POSIX file system that all of them see.
           report: told about what is ignored, passed over or moved, by process 0.
           keep: how many of the latest steps are kept, at least 2, beside the best one.
           mode: "min" or "max": which metric is the best.
@@ -127,7 +124,9 @@ class Checkpoints:
         self._sealing = (step, integrity.describe(leaves), metric)
         self._pending = step
         try:
+            json.dumps(described)
             if multihost.is_main():
+                step_directory.remove_leftovers(self.directory)
                 step_directory.require_space(self.directory, leaves.values())
                 if final.exists():
                     step_directory.set_aside(final)
@@ -169,7 +168,8 @@ class Checkpoints:
           step: this one instead of the newest.
 
         Raises:
-          ValueError: no step is good, there is no such step, the state is of another model, or `accept` refuses.
+          ValueError: no step is good, there is no such step, it is of a newer version of this program, the state is of
+            another model, or `accept` refuses.
         """
         wanted = step_reading.stored(abstract)
 
@@ -195,6 +195,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._writer.close()
+            if multihost.is_main():
+                # threads of a save that failed may have gone on writing after it was cleaned up
+                step_directory.remove_leftovers(self.directory)
             self._quiet.close()
 
     def _seal(self) -> None:
@@ -276,6 +279,6 @@ def _newest_good(
         return Restored(number, state, description), damaged
     if damaged:
         raise ValueError(
-            f"{directory}: no good step is left, damaged: {damaged}; restore a copy or choose another run.dir"
+            f"{directory}: none of the steps {damaged} is good; put back a copy of one, or choose another run.dir"
         )
     return None, damaged

@@ -180,7 +180,10 @@ def _digest(path: Path) -> list[int] | None:
 
 
 def _on_cpu(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array) or all(device.platform == "cpu" for device in leaf.sharding.device_set)
+    if not isinstance(leaf, jax.Array):
+        return True
+    devices: set[Any] = leaf.sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
 
 
 def _host_sum(leaf: Any) -> int:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from jaxlm import tree
 from jaxlm.dist import multihost
-from jaxlm.training import integrity
+from jaxlm.training import integrity, meta
 from jaxlm.training.integrity import Damaged, Manifest
 from jaxlm.types import Tree
 
@@ -71,6 +71,7 @@ def verified(root: Path) -> tuple[Manifest, dict[str, Any]]:
 
     Raises:
       Damaged: naming files, and the leaves that can no longer be read from them.
+      ValueError: the layout is of a newer version of this program.
     """
     manifest = integrity.read(root)
     files = integrity.damaged_files(root, manifest.files)
@@ -79,7 +80,13 @@ def verified(root: Path) -> tuple[Manifest, dict[str, Any]]:
         leaves = _unreadable(root, manifest) if any(name.startswith("state/") for name in files) else []
         named = f"; leaves {_listed(leaves)}" if leaves else ""
         raise Damaged(f"{what}{named}")
-    return manifest, json.loads((root / "meta" / "metadata").read_text(encoding="utf-8"))
+    description = json.loads((root / "meta" / "metadata").read_text(encoding="utf-8"))
+    if description["schema"] > meta.SCHEMA:
+        raise ValueError(
+            f"{root}: written by a newer version (layout {description['schema']}, this one knows {meta.SCHEMA}); "
+            "update the program"
+        )
+    return manifest, description
 
 
 def arrays(root: Path, manifest: Manifest, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
