@@ -1,5 +1,6 @@
 """Token bins and the cache that holds them: round trips, damage, races, ids outside the vocabulary."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from jaxlm.data import bins as bins_module
 from jaxlm.data.bins import BinWriter, check_ids, is_bins, open_bins
-from jaxlm.data.cache import cached
+from jaxlm.data.cache import cache_root, cached
 from jaxlm.data.packing import RunningRows
 from jaxlm.data.prepare import bins_tokenizer, prepare
 from jaxlm.data.tokenizer import encode_documents, train_tokenizer
@@ -189,7 +190,25 @@ def test_cache_mends_damage_and_leaves_nothing_after_a_failure(tmp_path, monkeyp
 
     with pytest.raises(KeyError):
         cached("other", fail, read_who)
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    old = tmp_path / ".other.1.abcd"  # left by a process that was killed days ago
+    old.mkdir()
+    os.utime(old, (0, 0))
+    with pytest.raises(OSError, match=r"No space left on device; free some space or set JAXLM_CACHE"):
+        cached("other", full, read_who)
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXLM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "jaxlm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "jaxlm"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):

@@ -131,8 +131,9 @@ def test_rows_are_held_out_or_the_user_is_told(tmp_path):
     assert len(few.train) == len(few.validation) == 8  # a batch of all rows is possible
     assert any("nothing is held out of 8 rows" in note for note in few.notes)
     path = rows_file(tmp_path / "many.jsonl", 200)
-    many = open_data(DataConfig(path=str(path), sequence_length=64), kind="sft", vocab_size=300)
-    assert len(many.train) + len(many.validation) == 200 and len(many.validation) == 10 and not many.notes
+    many = open_data(DataConfig(path=str(path), sequence_length=64), kind="sft", vocab_size=900)
+    assert len(many.train) + len(many.validation) == 200 and len(many.validation) == 10
+    assert many.notes == (f"data: the text gave {many.tokenizer.size} tokens, fewer than model.vocab_size 900",)
     own = DataConfig(path=str(path), validation=str(tmp_path / "few.jsonl"), sequence_length=64, packing=True)
     packed = open_data(own, kind="distill", vocab_size=300)
     assert len(packed.train) < 100 and packed.validation.tokens == few.validation.tokens

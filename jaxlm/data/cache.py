@@ -1,15 +1,20 @@
 """A folder outside any project for what is costly to make and can be made again."""
 
 import atexit
+import contextlib
+import errno
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LEFT_OVER_SECONDS = 24 * 3600
 
 
 def cache_root() -> Path:
@@ -43,13 +48,20 @@ def cached(key: str, write: Callable[[Path], None], read: Callable[[Path], T]) -
     staging = _staging(target)
     try:
         write(staging)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "free some space or set JAXLM_CACHE to a folder elsewhere"
+            raise OSError(error.errno, f"{staging.parent}: {os.strerror(error.errno)}; {remedy}") from None
         raise
     return read(_publish(staging, target))
 
 
 def _staging(target: Path) -> Path:
+    for left_over in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if left_over.stat().st_mtime < time.time() - LEFT_OVER_SECONDS:
+                shutil.rmtree(left_over, ignore_errors=True)
     staging = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)

@@ -182,7 +182,8 @@ def _open_rows(request: _Request) -> Data:
         validation = _examples(request, held_out, tokenizer, [])
     length = config.sequence_length
     rows = [rows_of(part, length, config.packing) for part in (train, validation)]
-    return _data(request, tokenizer, rows[0], rows[1], content)._replace(notes=tuple(notes))
+    data = _data(request, tokenizer, rows[0], rows[1], content)
+    return data._replace(notes=(*data.notes, *notes))
 
 
 def _samples(request: _Request) -> tuple[list[Sample], list[Sample], dict[str, str]]:
@@ -237,8 +238,11 @@ def _data(request: _Request, tokenizer: Tokenizer, train: Rows, validation: Rows
     held_out = Dataset(validation, identity | {"part": "validation"}, _validation_name(config))
     if config.validation is None:
         held_out = held_out.spread(config.validation_rows)
+    notes: tuple[str, ...] = ()
+    if request.tokenizer is None and not is_bins(config.path) and tokenizer.size < (request.vocab_size or 0):
+        notes = (f"data: the text gave {tokenizer.size} tokens, fewer than model.vocab_size {request.vocab_size}",)
     sizes = token_bytes(tokenizer, max(request.vocab_size or 0, tokenizer.size))
-    return Data(tokenizer, Dataset(train, identity, request.name), held_out, sizes)
+    return Data(tokenizer, Dataset(train, identity, request.name), held_out, sizes, notes)
 
 
 def _validation_name(config: DataConfig) -> str:
