@@ -65,7 +65,8 @@ def checksums(leaves: Leaves) -> list[int]:
     Args:
       leaves: path -> jax.Array or numpy array; with several processes all of them must call.
     """
-    local = [_host_sum(leaf) if _on_cpu(leaf) else None for leaf in leaves.values()]
+    with _threads() as pool:
+        local = list(pool.map(lambda leaf: _host_sum(leaf) if _on_cpu(leaf) else None, leaves.values()))
     partial = np.array([value or 0 for value in local], np.uint32)
     partial = multihost.all_hosts(partial).sum(0, dtype=np.uint32)
     return [
@@ -158,13 +159,18 @@ def damaged_files(root: Path, files: Mapping[str, list[int]]) -> dict[str, str]:
     return {name: words[state] for name, state in zip(files, states, strict=True) if state}
 
 
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    """For numpy and zlib, which both let go of the interpreter lock."""
+    return concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
 def _own_checksum(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _digests(root: Path, names: list[str]) -> list[list[int] | None]:
-    """[bytes, crc32] of each file, None where it cannot be read; zlib lets go of the interpreter lock."""
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    """[bytes, crc32] of each file, None where it cannot be read."""
+    with _threads() as pool:
         return list(pool.map(lambda name: _digest(root / name), names))
 
 
