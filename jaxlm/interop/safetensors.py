@@ -217,6 +217,6 @@ def write(file: Path, tensors: Iterable[Tensor]) -> None:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in ordered:
-            array = np.ascontiguousarray(tensor.make())
+            array = tensor.make()
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
-            stream.write(array.reshape(-1).view(np.uint8).data)
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -19,7 +19,7 @@ from jaxlm.interop.hf import (
     qwen3_moe,
     stablelm,
 )
-from jaxlm.interop.hf.fields import Fields, pattern
+from jaxlm.interop.hf.fields import Fields, canonical_rope, pattern
 from jaxlm.interop.hf.rows import Family
 from jaxlm.nn.config import ModelConfig, RopeConfig
 
@@ -116,7 +116,10 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
     """The same model with every derived field filled in and every idle one at its default."""
     types = [cfg.layer_type(i) for i in range(cfg.N)]
     slides = "sliding" in types
-    rope = cfg.positions == "rope"
+    rope = canonical_rope(cfg.rope, cfg.max_length) if cfg.positions == "rope" else RopeConfig()
+    local_rope = None
+    if cfg.positions == "rope" and slides and cfg.local_rope is not None:
+        local_rope = canonical_rope(cfg.local_rope, cfg.max_length)
     moe = cfg.moe
     if moe is not None:
         moe = dataclasses.replace(moe, d_ff=moe.d_ff if moe.d_ff is not None else cfg.F)
@@ -127,8 +130,8 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
         head_dim=cfg.K,
         d_ff=moe.d_ff if moe is not None and not moe.dense_layers else cfg.F,
         moe=moe,
-        rope=cfg.rope if rope else RopeConfig(),
-        local_rope=cfg.local_rope if rope and slides and cfg.local_rope != cfg.rope else None,
+        rope=rope,
+        local_rope=None if local_rope == rope else local_rope,
         window=cfg.window if slides else None,
         layer_types=pattern(types) if slides else None,
         attention_scale=None if cfg.attention_scale == cfg.K**-0.5 else cfg.attention_scale,

@@ -230,6 +230,14 @@ def written_rope(rope: RopeConfig) -> dict[str, Any]:
     return written
 
 
+def canonical_rope(rope: RopeConfig, max_length: int) -> RopeConfig:
+    """The same wavelengths with what the kind ignores at its default, and a missing original length filled in."""
+    kept = {ROPE_KEYS[key]: getattr(rope, ROPE_KEYS[key]) for key in ROPE_READS[rope.kind]}
+    if "original_length" in kept:
+        kept["original_length"] = kept["original_length"] or max_length
+    return RopeConfig(theta=rope.theta, kind=rope.kind, partial=rope.partial, **kept)
+
+
 def window(fields: Fields) -> dict[str, Any]:
     """A window on all layers, or none."""
     mixed = set(fields.get("layer_types") or ())

@@ -1,4 +1,4 @@
-"""StableLM: the Llama block with layer norms, rotating a part of each head; home of our models with `norm: layernorm`."""
+"""StableLM: the Llama block with layer norms, rotating a part of each head; holds models with `norm: layernorm`."""
 
 from typing import Any
 
