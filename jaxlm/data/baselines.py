@@ -10,6 +10,8 @@ from jaxlm.data.tokenizer import Tokenizer, token_bytes
 
 TRAIN_TOKENS = 4_000_000
 EM_STEPS = 30
+MOST = 0.999
+"""Largest share of the bigram: a pair never seen must keep some probability."""
 
 
 class Baselines(NamedTuple):
@@ -103,5 +105,5 @@ def _fit(probabilities: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
     weight = 0.5
     for _ in range(EM_STEPS if seen.size else 0):
         share = weight * bigram
-        weight = float(np.mean(share / (share + (1 - weight) * unigram)))
+        weight = min(float(np.mean(share / (share + (1 - weight) * unigram))), MOST)
     return weight

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data.loader import Loader, prefetch
+from jaxlm.data.loader import prefetch
 from jaxlm.dist import multihost
 from jaxlm.optim import chain
 from jaxlm.training import finish, lock, signals, stopping
@@ -133,11 +133,11 @@ class Run:
 
     def _batches(self, first: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         setup = self.setup
-        loader = Loader(setup.data.train, self.train.batch_size, setup.config.run.seed)
-        return prefetch(
-            lambda step: global_batch(setup.data.train, loader.rows(step), setup.program.mesh),
-            range(first, self.train.steps),
-        )
+
+        def make(step: int) -> Batch:
+            return global_batch(setup.data.train, setup.loader.rows(step), setup.program.mesh)
+
+        return prefetch(make, range(first, self.train.steps))
 
     def _step(self, step: int, batch: Batch) -> None:
         """Dispatch a step, then record the one before it, whose values are ready by then."""

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxlm import objectives
 from jaxlm.data.cache import cache_root
 from jaxlm.data.dataset import Dataset
+from jaxlm.data.loader import Loader
 from jaxlm.data.supply import Data, open_data
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import mesh as meshes
@@ -68,7 +69,7 @@ class Setup(NamedTuple):
     Attributes:
       config: as given.
       program: what it compiles to.
-      data: tokenizer and rows.
+      data: tokenizer and rows. loader: which rows make up which step.
       frozen: trees that are used and not trained, on the mesh.
       identity: what a checkpoint is compared by when the run is resumed; JSON values.
     """
@@ -76,6 +77,7 @@ class Setup(NamedTuple):
     config: "RunConfig"
     program: Program
     data: Data
+    loader: Loader
     frozen: Variables
     identity: dict[str, Any]
 
@@ -91,11 +93,12 @@ def prepare(config: "RunConfig") -> Setup:
     data = open_data(
         config.data,
         kind=config.objective.kind,
-        tokenizer=None if config.data.tokenizer else model_tokenizer(config.model.path),
+        tokenizer=None if directory is None else model_tokenizer(config.model.path, directory),
         vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
     )
     cfg = model_config(config, directory, data.tokenizer)
-    return Setup(config, assemble(config, cfg, mesh), data, {}, identity(config, data))
+    loader = Loader(data.train, config.train.batch_size, config.run.seed)
+    return Setup(config, assemble(config, cfg, mesh), data, loader, {}, identity(config, data))
 
 
 def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
@@ -139,12 +142,12 @@ def start(path: str | None, program: Program) -> State:
     return jax.jit(build, out_shardings=program.shardings)(params)
 
 
-def model_tokenizer(path: str | None) -> Tokenizer | None:
-    """The tokenizer of a model directory or a run, if it has one."""
-    if path is None:
-        return None
-    folder = next((f for f in (Path(path), Path(path) / "hf") if (f / "tokenizer.json").is_file()), None)
-    return None if folder is None else load_tokenizer(str(folder))
+def model_tokenizer(path: str | None, directory: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a model directory or a run, if it has one, ending documents as the model does."""
+    folders = (Path(path or ""), Path(path or "") / "hf")
+    folder = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
+    ends = directory.eos_token_id
+    return None if folder is None else load_tokenizer(str(folder), ends[0] if isinstance(ends, tuple) else ends)
 
 
 def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
@@ -191,7 +194,7 @@ def identity(config: "RunConfig", data: Data) -> dict[str, Any]:
     return {
         "config": msgspec.to_builtins(config),
         "tokenizer": data.tokenizer.sha256,
-        "data": data.train.identity,
+        "data": data.train.identity | {"train.batch_size": config.train.batch_size},
         "base": None,
     }
 
