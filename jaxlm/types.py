@@ -41,12 +41,15 @@ class Head(NamedTuple):
       bias: [V] or None.
       softcap: the cap, or None.
       tied: which of the two layouts `kernel` has.
+      copies: [groups, V, D] of a tied kernel, one for each group of rows of the mesh, or None. What uses them instead
+        of `kernel` has its gradient added to that of the lookup before it crosses devices.
     """
 
     kernel: Array
     bias: Array | None = None
     softcap: float | None = None
     tied: bool = False
+    copies: Array | None = None
 
 
 class Output(NamedTuple):

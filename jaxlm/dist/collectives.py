@@ -164,6 +164,9 @@ def _read(instruction: _Instruction, body: list[_Instruction], program: _Program
     if kind != "all-reduce":
         yield Collective(kind, instruction.name, sum(sizes), 0, group)
         return
+    # Backends without 16-bit sums widen the operands, and say so in the name of the sum.
+    if re.search(r"to_apply=%?[\w.\-]*promoted", instruction.attributes):
+        sizes = [size // 2 for size in sizes]
     scattered = [_sliced(instruction.name, body, program, index if len(sizes) > 1 else None)
                  for index in range(len(sizes))]  # fmt: skip
     for wanted, named in ((False, "all-reduce"), (True, "reduce-scatter")):
@@ -205,6 +208,13 @@ def _sizes(type_: str) -> list[int]:
 
 
 def _group(attributes: str) -> int:
+    """Devices in a replica group, in any of XLA's three notations; 0 if there is none."""
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}", attributes)
+    if axes:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes.group(1)))
+        # A part of an axis is written 'name':(before)size.
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes.group(2))
+        return math.prod(int(part or sizes[name]) for name, part in used)
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
     if iota:
         return int(iota.group(1))

@@ -1,5 +1,6 @@
 """The attention branch of a layer: norms, projections, rotary positions, cache, and the kernel's call."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 from jaxlm.nn import cache as kv
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.copies import fan_out
 from jaxlm.nn.kernels.attention import AttentionMask, attention
+from jaxlm.nn.kernels.spread import spread_attention
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.mlp import residual_init
 from jaxlm.nn.norms import RMSNorm, make_norm
@@ -54,23 +57,22 @@ class Attention(nn.Module):
             cached = (kv.write(cached[0], k, context.index), kv.write(cached[1], v, context.index))
             k, v = cached[0].astype(x.dtype), cached[1].astype(x.dtype)
         scale = cfg.K**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-        mixed = attention(
-            q,
-            k,
-            v,
-            mask=self._mask(context),
+        attend = functools.partial(
+            attention,
             scale=scale * cfg.attention_multiplier,
             softcap=cfg.attention_softcap,
             backend=self.compute.attention,
         )
+        mixed = spread_attention(attend, q, k, v, self._mask(context))
         mixed = mixed.reshape(*x.shape[:-1], cfg.H * cfg.K)
-        y = Linear(cfg.D, cfg.o_bias, residual_init(cfg), cfg.lora, name="o")(mixed)
+        y = Linear(cfg.D, cfg.o_bias, residual_init(cfg), cfg.lora, inward=True, name="o")(mixed)
         return (y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)), cached
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         cfg = self.cfg
+        fan = fan_out(x)
         parts = {
-            name: Linear(heads * cfg.K, cfg.qkv_bias, lora=cfg.lora, name=name)(x)
+            name: Linear(heads * cfg.K, cfg.qkv_bias, lora=cfg.lora, name=name)(fan)
             for name, heads in (("q", cfg.H), ("k", cfg.G), ("v", cfg.G))
         }
         if cfg.qk_norm == "projection":

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from jaxlm.nn.config import LoraConfig
+from jaxlm.nn.copies import Fan, columns, rows, whole
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.kernels.matmul import matmul
 from jaxlm.types import Array
@@ -20,22 +21,24 @@ class Linear(nn.Module):
     """`x [..., D] -> x W (+ b) (+ scale * dropout(x) A B) [..., F]`, products accumulated in float32.
 
     The kernel [D, F] is drawn from N(0, (init_scale / sqrt(D))^2). An adapter is applied where the collection `lora`
-    holds `a` [D, R] and `b` [R, F] under this module's path.
+    holds `a` [D, R] and `b` [R, F] under this module's path. Under tensor parallelism the columns of the kernel are
+    spread, or, if the projection leads `inward` to the residual stream, its rows.
     """
 
     features: int
     use_bias: bool = False
     init_scale: float = 1.0
     lora: LoraConfig | None = None
+    inward: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width = x.shape[-1]
+    def __call__(self, x: Array | Fan) -> Array:
+        width = whole(x).shape[-1]
         init = nn.initializers.normal(self.init_scale / math.sqrt(width))
         kernel = self.param("kernel", init, (width, self.features))
-        y = matmul(x, kernel)
+        y = rows(matmul, whole(x), kernel) if self.inward else columns(matmul, x, kernel)
         if self.lora is not None and self.has_variable("lora", "a"):
-            y = y + self._adapter(x, self.lora)
+            y = y + self._adapter(whole(x), self.lora)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

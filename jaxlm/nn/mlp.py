@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.copies import fan_out
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.norms import make_norm
 from jaxlm.types import Array
@@ -38,10 +39,11 @@ class Mlp(nn.Module):
         act = ACTIVATIONS[cfg.activation]
         if cfg.norm_placement != "post":
             x = make_norm(cfg, "norm")(x)
+        x = fan_out(x)
         up = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="up")(x)
         if cfg.gated:
             hidden = act(Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="gate")(x)) * up
         else:
             hidden = act(up)
-        y = Linear(cfg.D, cfg.mlp_bias, residual_init(cfg), cfg.lora, name="down")(hidden)
+        y = Linear(cfg.D, cfg.mlp_bias, residual_init(cfg), cfg.lora, inward=True, name="down")(hidden)
         return y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)

@@ -12,6 +12,7 @@ from jaxlm.nn.attention import Context
 from jaxlm.nn.block import Block
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.copies import look_up, table_copies
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.norms import make_norm
 from jaxlm.nn.rope import tables
@@ -83,7 +84,9 @@ def apply(
     """
     params = variables["params"]
     context, cache = _context(cfg, tokens, positions, segments, cache)
-    x = _embed(cfg, params, tokens, positions, cache, compute)
+    copies = table_copies(params["embed"]["kernel"], tokens.shape) if cfg.tie_embeddings and cache is None else None
+    spread = params if copies is None else {**params, "embed": {"kernel": copies}}
+    x = _embed(cfg, spread, tokens, positions, cache, compute)
     if cfg.dropout and key is not None:
         x = dropout(x, cfg.dropout, jax.random.fold_in(key, cfg.N))
     x = compute.constrain(x)
@@ -95,7 +98,7 @@ def apply(
     x = make_norm(cfg, "norm").apply({"params": params["norm"]}, x)
     if cfg.logits_multiplier != 1.0:
         x = x * cfg.logits_multiplier
-    return Output(x, head(cfg, params), _join(aux), cache)
+    return Output(x, head(cfg, params)._replace(copies=copies), _join(aux), cache)
 
 
 def head(cfg: ModelConfig, params: Tree) -> Head:
@@ -165,7 +168,7 @@ def _embed(
     cache: kv.Cache | None,
     compute: Compute,
 ) -> Array:
-    x = jnp.take(params["embed"]["kernel"], tokens, axis=0, mode="clip")
+    x = look_up(params["embed"]["kernel"], tokens)
     if cfg.positions == "learned":
         where = jnp.broadcast_to(_positions(tokens, positions, cache), tokens.shape)
         x = x + jnp.take(params["position_embed"]["kernel"], where, axis=0, mode="clip")

@@ -50,8 +50,8 @@ def cross_entropy(
 
     Args:
       hidden_BxLxD: [B, L, D].
-      head: kernel [D, V], or [V, D] if tied. With one more leading axis, the kernel has a copy for each group of rows
-        (`row_groups` many, sharded as they are), and so has its gradient: whoever made the copies sums them.
+      head: kernel [D, V], or [V, D] if tied. With `copies`, or one more leading axis, the kernel has a copy for each
+        group of rows (`row_groups` many, sharded as they are), and so has its gradient: whoever made them sums them.
       targets_BxL: int32 [B, L]; any value where the weight is 0.
       weights_BxL: float32 [B, L].
       z_weight: weight of the squared log denominator (PaLM, 2204.02311).
@@ -150,14 +150,15 @@ def _ungroup(x: Array, split: _Split) -> Array:
 
 def _head_copies(head: Head, split: _Split) -> tuple[Array, Array | None]:
     """Kernel and bias with one copy for each group: the sum of their gradients is then the transpose of this."""
-    copies = head.kernel.ndim == 3
+    kernel = head.kernel if head.copies is None else head.copies
+    copies = kernel.ndim == 3
     if split.count == 1:
-        return (head.kernel[0] if copies else head.kernel), head.bias
+        return (kernel[0] if copies else kernel), head.bias
 
     def copy(x: Array) -> Array:
         return _place(jnp.broadcast_to(x[None], (split.count, *x.shape)), split)
 
-    return (head.kernel if copies else copy(head.kernel)), (None if head.bias is None else copy(head.bias))
+    return (kernel if copies else copy(kernel)), (None if head.bias is None else copy(head.bias))
 
 
 def _over_groups(function, split: _Split):

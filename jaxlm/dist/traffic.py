@@ -1,0 +1,81 @@
+"""What a training step must send between devices, by formula, to hold the compiled program to."""
+
+import math
+from typing import NamedTuple
+
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxlm import tree as trees
+from jaxlm.dist import rules
+from jaxlm.dist.mesh import ROWS
+from jaxlm.nn.config import ModelConfig
+from jaxlm.types import Tree
+
+
+class Shape(NamedTuple):
+    """What decides the traffic besides mesh and model.
+
+    Attributes:
+      batch_size: rows of a microbatch over all devices.
+      length: positions of a row.
+      width: bytes of an activation.
+      segments: whether segment ids are given.
+    """
+
+    batch_size: int
+    length: int
+    width: int = 4
+    segments: bool = True
+
+
+def step_bytes(cfg: ModelConfig, params: Tree, mesh: Mesh, shape: Shape) -> dict[str, int]:
+    """Bytes by kind of collective, as `collectives.totals` counts them, of one step of a dense, tied, scanned model.
+
+    Weights cut over `fsdp` are gathered where they are used: those of layers forward and backward, the embedding once.
+    Gradients are summed once: scattered over `fsdp`, or reduced where a leaf is not cut by it. Tensor parallelism sums
+    the residual stream twice a layer forward and twice backward, and at the embedding and the head; the softmax over a
+    cut vocabulary adds three numbers a token. Context parallelism gathers keys and values, and scatters their
+    gradients. Scalars (loss, norms) are left out.
+
+    Args:
+      cfg: the model, without experts and with a tied head.
+      params: {"params": tree}, arrays or ShapeDtypeStructs, float32.
+      mesh: the mesh.
+      shape: of the batch.
+
+    Returns:
+      {kind: bytes}; kinds without any are left out.
+    """
+    sizes = mesh.shape
+    rows = math.prod(sizes[axis] for axis in ROWS)
+    gathered = scattered = reduced = 0
+    for path, (leaf, sharding) in _pairs(params, mesh).items():
+        whole = leaf.size * leaf.dtype.itemsize // _parts(sharding.spec, sizes, ("tensor", "expert"))
+        if _parts(sharding.spec, sizes, ("fsdp",)) > 1:
+            gathered += whole * (2 if rules.stacked(path) else 1)
+            scattered += whole
+        elif rows * sizes["context"] > 1:
+            reduced += whole
+    tokens = shape.batch_size // rows * shape.length // sizes["context"]
+    if sizes["tensor"] > 1:
+        stream = tokens * cfg.D
+        # The lookup and the head work in float32 whatever the activations are.
+        reduced += 4 * cfg.N * stream * shape.width + 2 * stream * 4 + 3 * tokens * 4
+    if sizes["context"] > 1:
+        positions = shape.batch_size // rows * shape.length
+        keys_and_values = 2 * cfg.N * positions * cfg.G // sizes["tensor"] * cfg.K * shape.width
+        gathered += keys_and_values + (positions * 4 if shape.segments else 0)
+        scattered += keys_and_values
+    found = {"all-gather": gathered, "all-reduce": reduced, "reduce-scatter": scattered}
+    return {kind: size for kind, size in found.items() if size}
+
+
+def _pairs(params: Tree, mesh: Mesh) -> dict[str, tuple]:
+    placed = trees.leaves(rules.shardings(params, mesh))
+    return {path: (leaf, placed[path]) for path, leaf in trees.leaves(params).items()}
+
+
+def _parts(spec: PartitionSpec, sizes, axes: tuple[str, ...]) -> int:
+    """Into how many parts the given axes cut a leaf."""
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    return math.prod(sizes[name] for entry in entries for name in entry if name in axes)
