@@ -13,7 +13,7 @@ PUBLIC = {
     "generate": "jaxlm.decode:generate",
     "init": "jaxlm.nn.transformer:init",
     "load": "jaxlm.interop.load:load",
-    "logits": "jaxlm.decode:logits",
+    "logits": "jaxlm.nn.transformer:logits",
     "render_chat": "jaxlm.interop.chat:render_chat",
     "save": "jaxlm.interop.save:save",
     "train": "jaxlm.training.loop:train",

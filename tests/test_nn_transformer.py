@@ -1,4 +1,4 @@
-"""The transformer by its properties: causality, independence of documents, and one result for every way to compute it."""
+"""The transformer by its properties: causality, independence of documents, one result however it is computed."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def model(cfg, seed=0):
 FAST = Compute(attention="reference", scan=False)
 """Compiles quickly; the kernels have tests of their own."""
 
-logits = functools.partial(jax.jit(transformer.logits, static_argnames=("cfg", "compute")), compute=FAST)
+logits = functools.partial(transformer.logits, compute=FAST)
 apply = jax.jit(transformer.apply, static_argnames=("cfg", "compute"))
 
 
@@ -201,6 +201,11 @@ def test_bfloat16_is_close_and_keeps_parameters_float32():
     assert float(jnp.linalg.norm(narrow.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)) < 0.03
     gradient = jax.grad(lambda v: apply(SMALL, v, tokens, compute=bf16).hidden.astype(jnp.float32).sum())(variables)
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_an_id_outside_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="id 31 in row 1, column 2"):
+        transformer.logits(SMALL, model(SMALL), [[1, 2, 3], [1, 2, 31]])
 
 
 @pytest.mark.parametrize(

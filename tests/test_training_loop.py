@@ -77,7 +77,7 @@ def straight(text, tmp_path_factory):
 
 def test_the_files_of_a_run(straight):
     present = {p.name for p in straight.iterdir()}
-    assert present >= {"config.yaml", "metrics.jsonl", "checkpoints", "tokenizer.json", "report.html", "hf", "samples.txt"}
+    assert present >= {"config.yaml", "metrics.jsonl", "checkpoints", "tokenizer.json", "report.html", "hf"}
     steps = [r["step"] for r in rows(straight) if "loss" in r]
     assert steps == list(range(1, 13))
     for row in rows(straight):

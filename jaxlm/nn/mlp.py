@@ -40,10 +40,8 @@ class Mlp(nn.Module):
         if cfg.norm_placement != "post":
             x = make_norm(cfg, "norm")(x)
         x = fan_out(x)
-        up = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="up")(x)
-        if cfg.gated:
-            hidden = act(Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="gate")(x)) * up
-        else:
-            hidden = act(up)
+        hidden = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="up")(x)
+        gate = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="gate")(x) if cfg.gated else None
+        hidden = act(hidden) if gate is None else act(gate) * hidden
         y = Linear(cfg.D, cfg.mlp_bias, residual_init(cfg), cfg.lora, inward=True, name="down")(hidden)
         return y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)

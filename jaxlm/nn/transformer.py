@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.nn import cache as kv
 from jaxlm.nn import walk as layers
@@ -64,7 +65,7 @@ def apply(
     positions: Array | None = None,
     segments: Array | None = None,
     key: Array | None = None,
-    compute: Compute = Compute(),
+    compute: Compute | None = None,
     cache: kv.Cache | None = None,
 ) -> Output:
     """Run the model.
@@ -82,7 +83,7 @@ def apply(
     Returns:
       Output with hidden [B, L, D] in `compute.dtype`.
     """
-    params = variables["params"]
+    params, compute = variables["params"], compute or Compute()
     context, cache = _context(cfg, tokens, positions, segments, cache)
     copies = table_copies(params["embed"]["kernel"], tokens.shape) if cfg.tie_embeddings and cache is None else None
     spread = params if copies is None else {**params, "embed": {"kernel": copies}}
@@ -108,10 +109,57 @@ def head(cfg: ModelConfig, params: Tree) -> Head:
     return Head(params["unembed"]["kernel"], params["unembed"].get("bias"), cfg.logit_softcap)
 
 
-def logits(cfg: ModelConfig, variables: Variables, tokens: Array, **inputs: Array | None) -> Array:
-    """Float32 logits [B, L, V] of `apply`, for evaluation and inspection; training never makes this array."""
-    output = apply(cfg, variables, tokens, **inputs)  # type: ignore[arg-type]
+def logits(
+    cfg: ModelConfig,
+    variables: Variables,
+    tokens: Array,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    *,
+    compute: Compute | None = None,
+) -> Array:
+    """Float32 logits [B, L, V], for evaluation and inspection; training never makes this array.
+
+    Args:
+      cfg, variables: of `init` or `jaxlm.load`.
+      tokens, positions, segments: integers [B, L], arrays or nested lists; as in `apply`.
+      compute: as in `apply`.
+
+    Raises:
+      ValueError: a token id outside the vocabulary, with its row and column, or arrays of different shapes.
+    """
+    inputs = [None if x is None else _checked(name, x, tokens, cfg.V) for name, x in
+              (("tokens", tokens), ("positions", positions), ("segments", segments))]  # fmt: skip
+    return _logits(cfg, compute or Compute(), variables, *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    cfg: ModelConfig,
+    compute: Compute,
+    variables: Variables,
+    tokens: Array,
+    positions: Array | None,
+    segments: Array | None,
+) -> Array:
+    output = apply(cfg, variables, tokens, positions=positions, segments=segments, compute=compute)
     return head_logits(output.hidden, output.head)
+
+
+def _checked(name: str, values: Array, tokens: Array, vocabulary: int) -> Array:
+    """int32 [B, L]; ids are looked at unless they are being traced. Out of range, a gather would clip in silence."""
+    array = jnp.asarray(values, jnp.int32)
+    if array.ndim != 2 or array.shape != jnp.shape(tokens):
+        raise ValueError(f"{name}: shape {array.shape}, tokens {jnp.shape(tokens)}; give integers [B, L] for all")
+    if name == "tokens" and not isinstance(array, jax.core.Tracer):
+        wrong = np.argwhere((np.asarray(array) < 0) | (np.asarray(array) >= vocabulary))
+        if wrong.size:
+            row, column = wrong[0].tolist()
+            raise ValueError(
+                f"tokens: id {int(array[row, column])} in row {row}, column {column} is outside the vocabulary of "
+                f"{vocabulary}; use the model's tokenizer"
+            )
+    return array
 
 
 def head_logits(hidden_xD: Array, head_: Head) -> Array:
