@@ -11,6 +11,7 @@ from jaxlm.interop.safetensors import read_json
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+MARKER = "THE-ANSWER-STANDS-HERE"
 
 Messages = Sequence[Mapping[str, Any]]
 Spans = list[tuple[int, int]]
@@ -119,15 +120,26 @@ class ChatTemplate:
             start = next((i for i, (a, b) in enumerate(zip(before, through)) if a != b), min(len(before), len(through)))
             if after <= start < len(through):
                 return start, len(through)
-        content = chat[turn].get("content")
-        start = text.find(content.strip(), after) if isinstance(content, str) and content.strip() else -1
-        if start < 0:
+        found = self._replaced(text, chat, turn, variables)
+        if found is None:
             raise ValueError(
                 f"{self.where}: chat template: cannot tell where message {turn} is in the text; add generation marks"
             )
-        stop = start + len(content.strip())
+        start, stop = found
         following = [token for token in self._ends if text.startswith(token, stop)]
         return start, stop + max(map(len, following), default=0)
+
+    def _replaced(self, text: str, chat: list[dict], turn: int, variables: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Where a message's content is, found by rendering another content in its place: what comes before and after
+        stays, whatever the template makes of the content itself."""
+        changed = [*chat[:turn], chat[turn] | {"content": MARKER}, *chat[turn + 1 :]]
+        try:
+            other, _ = self._run(changed, False, None, variables)
+        except ValueError:
+            return None
+        before, marker, after = other.partition(MARKER)
+        fits = marker and text.startswith(before) and text.endswith(after) and len(before) + len(after) < len(text)
+        return (len(before), len(text) - len(after)) if fits else None
 
     def _with_end(
         self,

@@ -28,6 +28,10 @@ TEXT_PER_STEP = 64
 """Characters of static text that weigh as much as a loop step."""
 
 
+CALL, CONTAINER = 10, 20
+"""What a call weighs in loop steps, and a list or dictionary in characters."""
+
+
 class LimitError(Exception):
     """A template does more than any chat template needs."""
 
@@ -102,8 +106,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return _replace_concats(tree)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call in a template: one step of work; methods of text are weighed before they run."""
-        self._tick(1)
+        """A call in a template; methods of text are weighed before they run."""
+        self._tick(CALL)
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
             self._check_method(owner, obj.__name__, [*args, *kwargs.values()])
@@ -129,11 +133,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._weigh(right)
         return super().call_binop(context, operator, left, right)
 
-    def format_string(self, s: str, args: Any, kwargs: Any, format_func: Any = None) -> str:
-        """`str.format` in a template."""
-        _check_braces(s)
-        self._weigh([list(args), dict(kwargs)])
-        return super().format_string(s, args, kwargs, format_func)
+    def wrap_str_format(self, value: Any) -> Any:
+        """`str.format` in a template, its widths checked."""
+        function = super().wrap_str_format(value)
+        if function is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_braces(value.__self__)
+            self._weigh([list(args), dict(kwargs)])
+            return function(*args, **kwargs)
+
+        return checked
 
     def _tick(self, cost: int) -> None:
         self._work += cost
@@ -159,11 +170,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             self._count(len(value))
         elif isinstance(value, (list, tuple)):
-            self._count(2)
+            self._count(CONTAINER)
             for item in value:
                 self._weigh(item)
         elif isinstance(value, dict):
-            self._count(2)
+            self._count(CONTAINER)
             for key, item in value.items():
                 self._weigh(key)
                 self._weigh(item)
