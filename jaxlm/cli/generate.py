@@ -1,5 +1,8 @@
 """`jaxlm generate`: let a model continue a prompt, or talk to it."""
 
+import functools
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -22,16 +25,40 @@ share = click.FloatRange(min=0, max=1)
 @click.option("--repetition-penalty", type=at_least_0, default=1.0, show_default=True, help="Of seen tokens; 1 is off.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-def command(model: str, prompt: str | None, chat: bool, **settings: Any) -> None:
+def command(
+    model: str, prompt: str | None, chat: bool, max_new_tokens: int, stop: tuple[str, ...], **choice: Any
+) -> None:
     """Continue a prompt, or talk.
 
     MODEL is a Hugging Face model directory or a run directory. The text alone goes to stdout.
     """
     if (prompt is None) != chat:
         raise click.UsageError("give either --prompt or --chat")
+    from jaxlm.data.tokenizer import load_tokenizer
     from jaxlm.decode import console
+    from jaxlm.decode.sampling import Choice
+    from jaxlm.interop.load import load, model_directory
 
-    if chat:
-        console.talk(model, **settings)
-    else:
-        console.complete(model, prompt, **settings)
+    cfg, variables = load(model)
+    directory = model_directory(model)
+    speaker = console.Speaker(cfg, variables, load_tokenizer(str(directory)), model)
+    manner = console.Manner(max_new_tokens, Choice(**choice), stop)
+    write = functools.partial(click.echo, nl=False)
+    if prompt is not None:
+        console.complete(speaker, prompt, manner, write)
+        return
+    from jaxlm.interop.chat import render_chat
+
+    render = functools.partial(render_chat, directory)
+    console.talk(speaker, render, manner, _lines(), write)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed or piped in, with a mark on the terminal where a line is due."""
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
