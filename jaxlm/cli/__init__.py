@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "jaxlm.cli.plan",
     "generate": "jaxlm.cli.generate",
     "report": "jaxlm.cli.report",
+    "export": "jaxlm.cli.export",
 }
 """Subcommands in the order of a model's life, and the module whose `command` each is."""
 
