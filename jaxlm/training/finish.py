@@ -1,6 +1,7 @@
 """Files of a run directory besides its records: the resolved configuration, samples, summary, final export, report."""
 
 import datetime
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,9 @@ import jax
 
 from jaxlm import tree
 from jaxlm.data.baselines import baselines
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.decode.streaming import Text
+from jaxlm.decode.together import sample_on
 from jaxlm.dist import multihost, place
 from jaxlm.interop.save import save
 from jaxlm.training.report import write_report
@@ -30,8 +34,30 @@ def write_files(setup: Setup, directory: Path) -> None:
 
 
 def take_samples(setup: Setup, params: Variables) -> list[Sample]:
-    """What the model makes of the configured prompts, greedily."""
-    return []
+    """What the model makes of the configured prompts, greedily; all processes call it together.
+
+    Prompts are cut at the front where the model has learned positions for too few tokens. Samples are for the reader:
+    what goes wrong with them is a warning and never ends a run.
+    """
+    cfg, tokenizer = setup.program.cfg, setup.data.tokenizer
+    room = cfg.max_length - SAMPLE_TOKENS if cfg.positions == "learned" else cfg.max_length
+    encoded = [(prompt, tokenizer.encode(prompt)[-max(room, 0) :]) for prompt in setup.config.train.prompts]
+    encoded = [(prompt, ids) for prompt, ids in encoded if ids]
+    if not encoded or room < 1:
+        return []
+    try:
+        ids = [ids for _, ids in encoded]
+        taken = sample_on(setup.program.mesh, cfg, {**setup.frozen, **params}, ids, SAMPLE_TOKENS)
+    except Exception as error:
+        warnings.warn(f"train.prompts: no samples ({type(error).__name__}: {error})", stacklevel=2)
+        return []
+    rows = zip(encoded, taken.ids, taken.lengths, strict=True)
+    return [Sample(prompt, _continuation(tokenizer, ids, row[:n].tolist())) for (prompt, ids), row, n in rows]
+
+
+def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    text = Text(tokenizer, prompt)
+    return "".join([*map(text.push, new), text.close()])
 
 
 def finish(run: "Run", step: int) -> None:

@@ -1,0 +1,71 @@
+"""Decoding by all processes together, with parameters spread over a mesh: one program, results whole everywhere."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm.decode import batch, loop, sampling
+from jaxlm.decode.generation import GREEDY, Samples, ends_of
+from jaxlm.decode.sampling import Choice, Settings
+from jaxlm.nn import walk
+from jaxlm.nn.compute import Compute
+from jaxlm.nn.config import ModelConfig
+from jaxlm.types import Array, Variables
+
+
+def sample_on(
+    mesh: Mesh,
+    cfg: ModelConfig,
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choice: Choice = GREEDY,
+) -> Samples:
+    """`generation.sample` with variables spread over a mesh; they need not be prepared.
+
+    All processes call it together with the same arguments. It computes in bfloat16 on accelerators, in float32 on CPU.
+
+    Raises:
+      ValueError: as `generation.sample`.
+    """
+    ids = batch.check(cfg, prompts, max_new_tokens)
+    padded = batch.pad(ids)
+    rows = len(padded.lengths)
+    settings = sampling.settings([choice] * rows, range(rows), [ends_of(cfg)] * rows)
+    compute = Compute(dtype="float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    # Without processors the program needs no branches for them, which is most of what would be compiled.
+    fixed = GREEDY if choice == GREEDY else None
+    inputs = jax.tree.map(np.asarray, (padded.tokens, padded.segments, settings))
+    tokens, log_probs, lengths = jax.device_get(_run(mesh, cfg, compute, max_new_tokens, fixed, variables, inputs))
+    first, count = padded.tokens.shape[1], padded.count
+    lengths = (lengths - padded.lengths)[:count]
+    behind = np.arange(max_new_tokens)[None, :] >= lengths[:, None]
+    new = slice(first, first + max_new_tokens)
+    return Samples(np.where(behind, 0, tokens[:count, new]), lengths, np.where(behind, 0.0, log_probs[:count, new]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(
+    mesh: Mesh,
+    cfg: ModelConfig,
+    compute: Compute,
+    steps: int,
+    fixed: Choice | None,
+    *arrays: Variables | tuple[Array, Array, Settings],
+) -> tuple[Array, Array, Array]:
+    variables, (tokens, segments, settings) = arrays
+    if fixed is not None:
+        constant = {
+            name: jnp.full(tokens.shape[:1], value) for name, value in fixed._asdict().items() if name != "seed"
+        }
+        settings = settings._replace(**constant)
+    variables = {name: walk.unstack(cfg, tree) if "layers" in tree else tree for name, tree in variables.items()}
+    state = loop.prefill(cfg, compute, variables, tokens, segments)
+    last = tokens.shape[1] + steps
+    state = loop.extend(cfg, compute, variables, loop.grow(state, last - 1), settings, jnp.int32(last))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint((state.tokens, state.log_probs, state.lengths), whole)
