@@ -55,7 +55,7 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cached is not None and context.index is not None:
             cached = (kv.write(cached[0], k, context.index), kv.write(cached[1], v, context.index))
-            k, v = cached[0].astype(x.dtype), cached[1].astype(x.dtype)
+            k, v = kv.read(cached[0], x.dtype), kv.read(cached[1], x.dtype)
         scale = cfg.K**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         attend = functools.partial(
             attention,
