@@ -11,9 +11,9 @@ from jaxlm.cli.command import Command
 @click.argument("run", metavar="RUN")
 @click.argument("out", metavar="OUT")
 def command(run: str, out: str) -> None:
-    """Write the model of RUN to OUT as a Hugging Face directory, its tokenizer beside it.
+    """Write a run's model as a Hugging Face directory.
 
-    RUN is a run directory, whose last checkpoint is taken if training has not ended, or a model directory.
+    OUT gets the weights with the tokenizer beside them. RUN is a run directory, whose last checkpoint is taken if training has not ended, or a model directory.
     """
     from jaxlm.config import load
     from jaxlm.training.export import export
