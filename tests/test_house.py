@@ -27,7 +27,7 @@ LIFTED = {"scan", "remat", "vmap", "jit", "checkpoint", "map_variables", "while_
 
 PUBLIC_CALLS = {
     "jaxlm/interop/load.py:load",
-    "jaxlm/decode/__init__.py:generate",
+    "jaxlm/decode/generation.py:generate",
     "jaxlm/nn/transformer.py:apply",
     "jaxlm/nn/kernels/attention.py:attention",
     "jaxlm/objectives/cross_entropy.py:cross_entropy",
