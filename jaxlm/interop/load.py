@@ -25,7 +25,11 @@ HEAD = "lm_head.weight"
 COMPARED = 1 << 24
 """Elements at a time, where two tensors are compared."""
 SMALL = 1 << 24
-"""Bytes up to which a leaf is put together on the host."""
+"""Bytes up to which a leaf is put together on the host, whatever the device."""
+ALIGNMENT = 64
+"""Bytes; host memory aligned so becomes an array of the CPU backend without a copy."""
+ROWS = 64
+"""Rows that are transposed together."""
 
 
 def load(
@@ -171,17 +175,21 @@ def _read_params(
 
 
 def _buffer(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding | None) -> np.ndarray | Array:
-    """Room for a leaf: on its devices, or on the host if it is small, which saves compiling a program for its shape."""
-    if leaf.size * leaf.dtype.itemsize <= SMALL:
-        return np.empty(leaf.shape, leaf.dtype)
-    return jnp.zeros(leaf.shape, leaf.dtype, device=place)
+    """Room for a leaf: on its devices; or on the host, if that is where it stays, or if it is small, which saves
+    compiling a program for its shape."""
+    size = leaf.size * leaf.dtype.itemsize
+    if size > SMALL and (place is not None or jax.default_backend() != "cpu"):
+        return jnp.zeros(leaf.shape, leaf.dtype, device=place)
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(leaf.dtype).reshape(leaf.shape)
 
 
 def _placed(buffer: np.ndarray | Array, place: jax.sharding.NamedSharding | None) -> Array:
     if isinstance(buffer, jax.Array):
         return buffer
     if place is None:
-        return jnp.array(buffer)
+        return jax.device_put(buffer)
     return jax.make_array_from_callback(buffer.shape, place, lambda index: buffer[index])
 
 
@@ -205,12 +213,22 @@ def _fill(buffers: dict[str, np.ndarray | Array], tensor: np.ndarray, target: Ta
         start += width
         buffer = buffers[part.path]
         if isinstance(buffer, np.ndarray):
-            buffer[part.index] = np.swapaxes(piece, -1, -2) if target.transpose else piece
+            _copy(buffer[part.index], piece, target.transpose)
             continue
         placed = _put(piece, buffer, len(part.index), target.transpose)
         index = tuple(np.int32(i) for i in part.index)
         # One at a time: a mapped tensor leaves memory before the next is touched.
         buffers[part.path] = _update(buffer, placed, index, transpose=target.transpose).block_until_ready()
+
+
+def _copy(out: np.ndarray, piece: np.ndarray, transpose: bool) -> None:
+    """`out[...] = piece`, transposed a few rows at a time, because a whole transposed matrix would miss every cache."""
+    if not transpose:
+        out[...] = piece
+        return
+    for start in range(0, piece.shape[-2], ROWS):
+        rows = slice(start, start + ROWS)
+        out[..., rows] = np.swapaxes(piece[..., rows, :], -1, -2)
 
 
 def _put(piece: np.ndarray, like: Array, skipped: int, transpose: bool) -> Array:
