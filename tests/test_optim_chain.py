@@ -128,16 +128,17 @@ def test_common_zero_gradients_stay_finite_and_only_decay(config):
         np.testing.assert_allclose(trees.leaves(decayed)[path], factor * before, rtol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("granularity", ["batch", "micro"])
-def test_common_sam_goes_around_any_rule(config, granularity):
-    params = draw(shapes(TINY), 0)
-    grads = draw(shapes(TINY), 1)
+def test_common_sam_goes_around_any_rule(config):
+    params = draw(shapes(TINY, "embed/kernel|layers/mlp/down/kernel"), 0)
+    grads = jax.tree.map(jnp.cos, params)
     plain, _ = run(chain.make(config, TINY, params, 10), params, [grads])
-    with_sam = dataclasses.replace(config, sam=SamConfig(rho=0.1, granularity=granularity))
-    tx = chain.make(with_sam, TINY, params, 10)
-    # The gradient is the same everywhere, so looking for it elsewhere changes nothing.
-    updates, _ = tx.update(grads, tx.init(params), params, grad_fn=lambda p: (jnp.float32(0), grads), value=0.0)
-    assert_close(optax.apply_updates(params, updates), plain, rtol=1e-5)
+    for granularity in ("batch", "micro"):
+        with_sam = dataclasses.replace(config, sam=SamConfig(rho=0.1, granularity=granularity))
+        tx = chain.make(with_sam, TINY, params, 10)
+        # The gradient is the same everywhere, so looking for it elsewhere changes nothing.
+        arguments = {"grad_fn": lambda p: (jnp.float32(0), grads), "value": jnp.float32(0)}
+        updates, _ = jax.jit(partial(tx.update, **arguments))(grads, tx.init(params), params)
+        assert_close(optax.apply_updates(params, updates), plain, rtol=1e-5)
 
 
 def everything(name):

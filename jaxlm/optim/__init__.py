@@ -1,0 +1,1 @@
+"""Optimisers: Optax pieces of our own, and the chain that composes them."""
