@@ -38,7 +38,7 @@ def fold(cfg: ModelConfig) -> tuple[dict[str, Fold], ModelConfig]:
                     folds |= _projection(f"{stack}/{branch}/{output}", cfg.residual_multiplier, bias)
                 else:
                     folds |= _scaled(f"{stack}/{branch}/post_norm", cfg.residual_multiplier, norm, biased)
-    ones = {"logits_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0}
+    ones: dict[str, Any] = {"logits_multiplier": 1.0, "attention_multiplier": 1.0, "residual_multiplier": 1.0}
     return folds, dataclasses.replace(cfg, **ones)
 
 

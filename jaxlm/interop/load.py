@@ -133,7 +133,11 @@ def _settle_head(cfg: ModelConfig, family: Family, entries: dict[str, Entry]) ->
     embedding = next(row.theirs for row in table.top if row.ours == ("embed/kernel",))
     other = entries.get(embedding, entries.get(embedding.removeprefix(table.prefix)))
     head = entries[HEAD]
-    if other is not None and _equal(head, other):
+    if other is None:
+        # Some writers keep the other name of the shared tensor.
+        entries[embedding] = entries.pop(HEAD)
+        return cfg
+    if _equal(head, other):
         del entries[HEAD]
         return cfg
     warnings.warn(

@@ -51,7 +51,7 @@ class Part(NamedTuple):
     """A piece of one leaf: `leaf[index]`, which has `shape`."""
 
     path: str
-    index: tuple[int, ...]
+    index: tuple[int, ...]  # type: ignore[assignment]
     shape: tuple[int, ...]
 
 

@@ -192,7 +192,7 @@ def write_directory(path: Path, tensors: Sequence[Tensor], shard_size: int) -> N
     if len(shards) == 1:
         write(path / SINGLE, shards[0])
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write(path / file, shard)

@@ -48,7 +48,7 @@ class Generation(jinja2.ext.Extension):
 
     def _note(self, caller: Any) -> str:
         text = caller()
-        start = sum(map(len, self.environment.printed))  # type: ignore[attr-defined]
+        start = sum(len(piece) for piece in self.environment.printed)  # type: ignore[attr-defined]
         self.environment.spans.append((start, start + len(text)))  # type: ignore[attr-defined]
         return text
 
@@ -265,7 +265,8 @@ def _replace_concats(tree: nodes.Node) -> Any:
     if not isinstance(tree, nodes.Concat):
         return tree
     parts = nodes.List(tree.nodes).set_lineno(tree.lineno)
-    return nodes.Filter(parts, "_concat", [], [], None, None).set_lineno(tree.lineno).set_environment(tree.environment)
+    joined = nodes.Filter(parts, "_concat", [], [], None, None).set_lineno(tree.lineno)
+    return joined.set_environment(tree.environment)  # type: ignore[arg-type]
 
 
 def _as_filter(wrapper: Any, function: Any) -> Any:

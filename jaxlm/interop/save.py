@@ -133,7 +133,7 @@ def _tensors(
         dtype = np.dtype(leaves[target.parts[0].path].dtype)
         if dtype not in NAMES:
             raise ValueError(f"{target.parts[0].path}: dtype {dtype} cannot be written; convert it first")
-        found.append(Tensor(name, dtype, target.shape, lambda target=target: make(target)))
+        found.append(Tensor(name, dtype, target.shape, functools.partial(make, target)))
     return found
 
 

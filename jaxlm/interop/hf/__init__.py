@@ -133,7 +133,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
         rope=rope,
         local_rope=None if local_rope == rope else local_rope,
         window=cfg.window if slides else None,
-        layer_types=pattern(types) if slides else None,
+        layer_types=pattern(types) if slides else None,  # type: ignore[arg-type]
         attention_scale=None if cfg.attention_scale == cfg.K**-0.5 else cfg.attention_scale,
         embed_scale=None if cfg.embed_scale == 1.0 else cfg.embed_scale,
     )

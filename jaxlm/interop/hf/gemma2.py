@@ -64,7 +64,8 @@ def written_block(cfg: ModelConfig) -> dict[str, Any]:
         "attention_bias": cfg.o_bias,
         "query_pre_attn_scalar": round(scale**-2),
         "final_logit_softcapping": cfg.logit_softcap,
-        "sliding_window": cfg.window,
+        # transformers builds a sliding mask even where no layer slides.
+        "sliding_window": cfg.max_length if cfg.window is None else cfg.window,
         "layer_types": written_types(cfg),
     }
 

@@ -42,7 +42,7 @@ def read(fields: Fields) -> ModelConfig:
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
-        activation=fields.activation("activation_function"),
+        activation=fields.activation("activation_function"),  # type: ignore[arg-type]
         gated=False,
         positions="learned",
         max_length=fields.integer("n_positions"),
