@@ -49,6 +49,8 @@ def train(config: "RunConfig") -> int:
     directory = Path(config.run.dir)
     progress = open_progress(config.train.steps, enabled=multihost.is_main())
     with contextlib.ExitStack() as stack:
+        # Attention, head and tensor-parallel products share out their work by the mesh in force.
+        stack.enter_context(jax.set_mesh(setup.program.mesh))
         stack.callback(progress.close)
         stack.enter_context(lock.hold(directory, progress.message))
         stop = stack.enter_context(signals.catch(progress.message))

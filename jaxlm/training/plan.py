@@ -187,7 +187,8 @@ def _compiled_bytes(config: "RunConfig", program: Program, frozen: Variables) ->
     step = jax.jit(
         functools.partial(train_step, program.recipe), donate_argnums=0, out_shardings=(program.shardings, None)
     )
-    compiled = step.lower(program.abstract, frozen, abstract_batch(config, program)).compile()
+    with jax.set_mesh(program.mesh):
+        compiled = step.lower(program.abstract, frozen, abstract_batch(config, program)).compile()
     account = compiled.memory_analysis()
     if account is None:
         return None
