@@ -23,7 +23,7 @@ class Prompts(NamedTuple):
     tokens: np.ndarray
     segments: np.ndarray
     lengths: np.ndarray
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 def bucket(number: int, smallest: int = 1) -> int:

@@ -5,7 +5,7 @@ thresholds are found by bisection over the bits of float32, which is exact and a
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Choice(NamedTuple):
     seed: int = 0
 
 
-_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("temperature", lambda x: 0.0 <= x < float("inf"), "a number from 0 (greedy) up"),
     ("top_k", lambda x: x >= 0 and x == int(x), "a whole number from 0 (off) up"),
     ("top_p", lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]; 1 is off"),
@@ -77,11 +77,11 @@ def settings(choices: Sequence[Choice], streams: Sequence[int], ends: Sequence[S
             if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not good(value):
                 raise ValueError(f"{name}: {value!r} cannot be; give {wanted}")
 
-    def column(name: str, dtype: type) -> np.ndarray:
+    def column(name: str, dtype: type) -> Any:
         return np.array([getattr(choice, name) for choice in choices], dtype)
 
     most = max(map(len, ends), default=0)
-    ends_BxE = np.full((len(choices), max(SMALLEST_ENDS, 1 << max(0, most - 1).bit_length())), -1, np.int32)
+    ends_BxE: Any = np.full((len(choices), max(SMALLEST_ENDS, 1 << max(0, most - 1).bit_length())), -1, np.int32)
     for row, tokens in enumerate(ends):
         ends_BxE[row, : len(tokens)] = tokens
     seeds = np.array([int(c.seed) % 2**64 for c in choices], np.uint64)

@@ -1,6 +1,7 @@
 """Logits of whole sequences, for inspection and comparison."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def logits(
             f"tokens[{row}][{column}]: token id {int(tokens[row, column])} is outside the vocabulary of {cfg.V}; "
             "encode with the model's own tokenizer"
         )
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for name, value in (("positions", positions), ("segments", segments)):
         inputs[name] = None if value is None else jnp.asarray(value, jnp.int32)
         if value is not None and inputs[name].shape != tokens.shape:

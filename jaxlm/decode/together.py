@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.decode import batch, loop, sampling
 from jaxlm.decode.generation import GREEDY, Samples, ends_of
-from jaxlm.decode.sampling import Choice, Settings
+from jaxlm.decode.sampling import Choice
 from jaxlm.nn import walk
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
@@ -55,7 +56,7 @@ def _run(
     compute: Compute,
     steps: int,
     fixed: Choice | None,
-    *arrays: Variables | tuple[Array, Array, Settings],
+    *arrays: Any,
 ) -> tuple[Array, Array, Array]:
     variables, (tokens, segments, settings) = arrays
     if fixed is not None:

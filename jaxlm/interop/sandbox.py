@@ -48,8 +48,9 @@ class Generation(jinja2.ext.Extension):
 
     def _note(self, caller: Any) -> str:
         text = caller()
-        start = sum(len(piece) for piece in self.environment.printed)  # type: ignore[attr-defined]
-        self.environment.spans.append((start, start + len(text)))  # type: ignore[attr-defined]
+        environment: Any = self.environment
+        start = sum(map(len, environment.printed))
+        environment.spans.append((start, start + len(text)))
         return text
 
 

@@ -1,5 +1,6 @@
 """Configuration and parameters -> a Hugging Face model directory that appears whole or not at all."""
 
+import functools
 import json
 import os
 import shutil
@@ -98,9 +99,14 @@ def generation_config(cfg: ModelConfig) -> dict[str, Any]:
 def tokenizer_config(file: Path, cfg: ModelConfig) -> dict[str, Any]:
     """tokenizer_config.json for a bare tokenizer.json: the class that reads it, and the special tokens as text."""
     contents = safetensors.read_json(file)
-    vocabulary = contents.get("model", {}).get("vocab", {})
-    texts = {i: text for text, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
-    texts |= {token["id"]: token["content"] for token in contents.get("added_tokens", ())}
+    try:
+        vocabulary = contents["model"]["vocab"]
+        # Unigram models list (text, score), the others map text to id.
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((v[0], i) for i, v in enumerate(vocabulary))
+        texts = {i: text for text, i in pairs}
+        texts |= {token["id"]: token["content"] for token in contents.get("added_tokens") or ()}
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"{file}: not a tokenizer.json; give one that the tokenizers library wrote") from None
     eos = cfg.eos_token_id[0] if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id
     named = {"bos_token": cfg.bos_token_id, "eos_token": eos, "pad_token": cfg.pad_token_id}
     special = {name: texts[i] for name, i in named.items() if i in texts}

@@ -32,7 +32,7 @@ class Context(NamedTuple):
     rope: dict[str, tuple[Array, Array]]
     segments: Array | None = None
     kv_segments: Array | None = None
-    index: Array | None = None
+    index: Array | None = None  # type: ignore[assignment]
 
 
 class Attention(nn.Module):

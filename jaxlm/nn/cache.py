@@ -24,7 +24,7 @@ class Cache(NamedTuple):
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     segments: Array
-    index: Array
+    index: Array  # type: ignore[assignment]
 
 
 def empty(cfg: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:

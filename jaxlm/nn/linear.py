@@ -45,6 +45,7 @@ class Linear(nn.Module):
         return y
 
     def _adapter(self, x: Array, lora: LoraConfig) -> Array:
-        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        a: Array = self.get_variable("lora", "a")
+        b: Array = self.get_variable("lora", "b")
         key: jax.Array | None = self.make_rng("dropout") if self.has_rng("dropout") else None
         return matmul(matmul(dropout(x, lora.dropout, key), a), b) * lora_scale(lora, a.shape[-1])

@@ -39,9 +39,9 @@ class Mlp(nn.Module):
         act = ACTIVATIONS[cfg.activation]
         if cfg.norm_placement != "post":
             x = make_norm(cfg, "norm")(x)
-        x = fan_out(x)
-        hidden = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="up")(x)
-        gate = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="gate")(x) if cfg.gated else None
+        shared = fan_out(x)
+        hidden = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="up")(shared)
+        gate = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="gate")(shared) if cfg.gated else None
         hidden = act(hidden) if gate is None else act(gate) * hidden
         y = Linear(cfg.D, cfg.mlp_bias, residual_init(cfg), cfg.lora, inward=True, name="down")(hidden)
         return y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)

@@ -96,7 +96,7 @@ def apply(
         x, aux, cache = _loop(cfg, variables, x, context, cache, compute)
     else:
         x, aux = _walk(cfg, variables, x, context, key, compute)
-    x = make_norm(cfg, "norm").apply({"params": params["norm"]}, x)
+    x = make_norm(cfg, "norm").apply({"params": params["norm"]}, x)  # type: ignore[assignment]
     if cfg.logits_multiplier != 1.0:
         x = x * cfg.logits_multiplier
     return Output(x, head(cfg, params)._replace(copies=copies), _join(aux), cache)
@@ -231,7 +231,7 @@ def _walk(
         def body(x: Array, tree: Tree, context: Context) -> tuple[Array, Tree]:
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
             block = Block(cfg, compute, kind.layer_type, kind.sparse)
-            x, _, aux = block.apply(tree, x, context, rngs=rngs)
+            x, _, aux = block.apply(tree, x, context, rngs=rngs)  # type: ignore[misc]
             return compute.constrain(x), aux
 
         return layers.checkpoint(body, compute.remat)(x, tree, context)
@@ -248,7 +248,8 @@ def _loop(
     for i, kind in enumerate(layers.kinds(cfg)):
         block = Block(cfg, compute, kind.layer_type, kind.sparse)
         cached = None if cache is None else (cache.k[i], cache.v[i])
-        x, cached, extra = block.apply({c: tree[i] for c, tree in trees.items()}, x, context, cached)
+        layer = {c: tree[i] for c, tree in trees.items()}
+        x, cached, extra = block.apply(layer, x, context, cached)  # type: ignore[misc]
         aux.append(extra)
         if cached is not None:
             ks.append(cached[0])

@@ -75,7 +75,8 @@ def cross_entropy(
 def token_log_probs(hidden_BxLxD: Array, head: Head, targets_BxL: Array, *, chunk: int | None = None) -> Array:
     """`log softmax(logits)[target]` at each position: float32 [B, L].
 
-    The backward pass makes each chunk's logits again. Arguments as in `cross_entropy`; targets out of range are clipped.
+    The backward pass makes each chunk's logits again. Arguments as in `cross_entropy`; targets out of range are
+    clipped.
     """
     return token_statistics(hidden_BxLxD, head, targets_BxL, chunk=chunk)[0]
 
@@ -89,7 +90,8 @@ def token_statistics(
     hidden, targets = _group(hidden_BxLxD, split), _group(targets_BxL, split)
     kernel, bias = _head_copies(head, split)
     values = _over_groups(functools.partial(_statistics, form), split)(hidden, kernel, bias, targets)
-    return tuple(_ungroup(x, split) for x in values)
+    log_probs, entropy = (_ungroup(x, split) for x in values)
+    return log_probs, entropy
 
 
 class _Split(NamedTuple):
@@ -100,7 +102,7 @@ class _Split(NamedTuple):
     axes: tuple[str, ...] = ()
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         return self.batch * self.sequence
 
 
@@ -339,7 +341,7 @@ def _statistics_backward(form: Form, saved, cotangents: tuple[Array, Array]):
     first = _no_gradients(rows[0], kernel, bias)
     gradients, _ = jax.lax.scan(body, first, jnp.arange(count, dtype=jnp.int32))
     dhidden = gradients.hidden[:, : hidden.shape[1]]
-    dbias = None if bias is None else gradients.bias.astype(bias.dtype)
+    dbias = None if bias is None or gradients.bias is None else gradients.bias.astype(bias.dtype)
     return dhidden, gradients.kernel.astype(kernel.dtype), dbias, None
 
 

@@ -87,7 +87,8 @@ class Recorder:
 
     def close(self) -> None:
         """Close files and trackers."""
-        for part in (*self._files, *self._trackers):
+        parts: tuple[Any, ...] = (*self._files, *self._trackers)
+        for part in parts:
             part.close()
 
     def _write(self, row: dict[str, Any], timing: dict[str, Any] | None = None) -> None:

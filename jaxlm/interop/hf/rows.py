@@ -1,6 +1,6 @@
 """Rows that most families share: the names of the Llama block."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.interop.hf.fields import Fields
@@ -75,7 +75,9 @@ def pre_norms() -> list[Row]:
     ]
 
 
-def table(cfg: ModelConfig, dense: list[Row], sparse: list[Row] | None = None, fused: list[Row] | None = None) -> Table:
+def table(
+    cfg: ModelConfig, dense: Sequence[Row], sparse: Sequence[Row] | None = None, fused: Sequence[Row] | None = None
+) -> Table:
     """A table with Llama's names outside the layers."""
     top = [plain("model.embed_tokens.weight", "embed/kernel"), plain("model.norm.weight", "norm/scale")]
     if not cfg.tie_embeddings:
