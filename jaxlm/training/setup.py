@@ -110,6 +110,10 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
     train = config.train
     meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
     meshes.check_model(mesh.shape, cfg)
+    if cfg.moe is not None and cfg.moe.balance != "none":
+        raise ValueError(
+            f"model.moe.balance: {cfg.moe.balance} is not trained yet, only measured; set model.moe.balance to none"
+        )
     base = None if config.mup is None else config.mup.base_of(cfg)
     fresh = functools.partial(_fresh, cfg, base, config.run.seed)
     trained = jax.eval_shape(fresh)
@@ -126,6 +130,7 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
         accumulation=train.accumulation,
         ema=train.ema,
         seed=config.run.seed,
+        sam=config.optimizer.sam,
     )
     abstract = jax.eval_shape(lambda: init_state(recipe, fresh()))
     shardings = rules.shardings_like(abstract, trained, mesh)
