@@ -37,20 +37,23 @@ def command(
     from jaxlm.data.tokenizer import load_tokenizer
     from jaxlm.decode import console
     from jaxlm.decode.sampling import Choice
+    from jaxlm.interop.chat import ChatTemplate
     from jaxlm.interop.load import load, model_directory
+    from jaxlm.training.setup import use_compilation_cache
 
-    cfg, variables = load(model)
+    use_compilation_cache()
     directory = model_directory(model)
-    speaker = console.Speaker(cfg, variables, load_tokenizer(str(directory)), model)
+    # What is missing beside the weights is said before they are read.
+    template = ChatTemplate(directory) if chat else None
+    tokenizer = load_tokenizer(str(directory), field="MODEL")
+    speaker = console.Speaker(*load(directory), tokenizer)
     manner = console.Manner(max_new_tokens, Choice(**choice), stop)
     write = functools.partial(click.echo, nl=False)
-    if prompt is not None:
-        console.complete(speaker, prompt, manner, write)
-        return
-    from jaxlm.interop.chat import render_chat
-
-    render = functools.partial(render_chat, directory)
-    console.talk(speaker, render, manner, _lines(), write)
+    if template is None:
+        console.complete(speaker, prompt or "", manner, write)
+    else:
+        render = functools.partial(template.render, add_generation_prompt=True)
+        console.talk(speaker, render, manner, _lines(), write)
 
 
 def _lines() -> Iterator[str]:

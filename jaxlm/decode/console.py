@@ -19,13 +19,11 @@ class Speaker(NamedTuple):
     Attributes:
       cfg, variables: the model.
       tokenizer: its tokenizer.
-      where: what it is called in messages.
     """
 
     cfg: ModelConfig
     variables: Variables
     tokenizer: Tokenizer
-    where: str = "model"
 
 
 class Manner(NamedTuple):
