@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "jaxlm.cli.train",
     "plan": "jaxlm.cli.plan",
     "generate": "jaxlm.cli.generate",
+    "eval": "jaxlm.cli.eval",
+    "compare": "jaxlm.cli.compare",
     "report": "jaxlm.cli.report",
     "export": "jaxlm.cli.export",
 }

@@ -64,6 +64,11 @@ class ChatTemplate:
         except Exception as error:
             raise self._error(error) if _is_template_error(error) else error from None
 
+    @property
+    def source(self) -> str:
+        """The template's text."""
+        return self._source
+
     def render(
         self,
         messages: Messages,
