@@ -4,11 +4,15 @@ import functools
 import json
 import time
 
+import jax.numpy as jnp
 import pytest
 import transformers
 from tokenizers import Tokenizer, models
 
+from jaxlm.interop import names
 from jaxlm.interop.chat import ChatTemplate, render_chat, renderer, special_tokens
+from jaxlm.interop.save import save
+from jaxlm.nn.config import ModelConfig
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -208,6 +212,25 @@ def test_spans_where_history_is_rendered_otherwise(directories):
     text, spans = ChatTemplate(directory).spans([talk[0], talk[3], talk[2], talk[3]])
     assert [text[a:b] for a, b in spans] == ["Be<|im_end|>", "hm\n</think>\nBe<|im_end|>"]
     assert "\nBe<|im_end|>" in text[: spans[0][1]]
+
+
+def test_saved_tokenizer_is_read_by_transformers(directories, tmp_path):
+    """From a bare tokenizer.json with its special tokens found by id; from a directory with everything in it."""
+    directory, tokenizer = directories("gemma")
+    cfg = ModelConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=6, bos_token_id=0, eos_token_id=(1, 3))
+    params = names.nest({path: jnp.zeros(leaf.shape) for path, leaf in names.abstract(cfg).items()})
+    for source in (directory / "tokenizer.json", directory):
+        save(tmp_path / "m", cfg, {"params": params}, tokenizer=source)
+        got = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+        assert (got.bos_token, got.eos_token) == ("<s>", "</s>")
+        assert got.encode("<s> ? <end_of_turn>") == tokenizer.encode("<s> ? <end_of_turn>")
+    assert render_chat(tmp_path / "m", TALK) == render_chat(directory, TALK)
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"bad\.json: not a tokenizer"):
+        save(tmp_path / "n", cfg, {"params": params}, tokenizer=tmp_path / "bad.json")
+    with pytest.raises(FileNotFoundError, match=r"m/none/tokenizer\.json"):
+        save(tmp_path / "n", cfg, {"params": params}, tokenizer=tmp_path / "m" / "none")
+    assert not (tmp_path / "n").exists()
 
 
 def write(directory, files):

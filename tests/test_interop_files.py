@@ -172,6 +172,7 @@ def test_low_precision_files(dtype, directory):
     cfg, wide = load(directory)
     assert {str(x.dtype) for x in jax.tree.leaves(wide)} == {"float32"}
     equal(wide, jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype("float32"), VARIABLES))
+    equal(load(directory, dtype="auto")[1], load(directory, dtype=dtype)[1])
     cfg, kept = load(directory, dtype=dtype)
     assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {dtype}
     save(directory.parent / "again", cfg, kept)
@@ -191,7 +192,24 @@ def test_tied_file_with_a_head(directory):
     with pytest.warns(UserWarning, match=r"lm_head.weight: differs"):
         cfg, variables = load(directory)
     assert not cfg.tie_embeddings
+    with pytest.warns(UserWarning):
+        assert load_config(directory) == cfg
     np.testing.assert_array_equal(variables["params"]["unembed"]["kernel"], head.T)
+
+
+def test_tied_file_with_the_name_of_the_head_alone(directory):
+    tensors = tensors_of(directory)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    rewrite(directory, tensors)
+    equal(load(directory)[1], VARIABLES)
+
+
+def test_leaves_keep_the_widest_stored_dtype(directory):
+    tensors = tensors_of(directory)
+    tensors = {n: a if "norm" in n or ".1.mlp.up" in n else a.astype(ml_dtypes.bfloat16) for n, a in tensors.items()}
+    rewrite(directory, tensors)
+    wide = {p for p, x in tree.leaves(load(directory, dtype="auto")[1]["params"]).items() if x.dtype == np.float32}
+    assert wide == {"layers/attn/norm/scale", "layers/mlp/norm/scale", "norm/scale", "layers/mlp/up/kernel"}
 
 
 def test_ends_of_generation_config(directory):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxlm.interop.safetensors import Entry
 from jaxlm.nn.config import ModelConfig
 from jaxlm.types import Array, Tree, Variables
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 HEAD = "lm_head.weight"
 COMPARED = 1 << 24
 """Elements at a time, where two tensors are compared."""
@@ -47,7 +47,7 @@ def load(
 
     Args:
       path: a Hugging Face model directory, or a run directory, whose `hf/` is read.
-      dtype: of the parameters: `float32`, `bfloat16` or `float16`.
+      dtype: of the parameters: `float32`, `bfloat16`, `float16`, or `auto`, which keeps each leaf as it is stored.
       adapter: not supported yet. quantize: not supported yet.
       mesh: devices over which the parameters are spread by the sharding rules; null: the default device.
 
@@ -72,8 +72,19 @@ def load(
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The configuration alone, without looking at weights; `path` and errors as in `load`."""
-    return _read_config(model_directory(path))[0]
+    """The configuration alone; `path` and errors as in `load`.
+
+    Weights need not be there, and are looked at only to see whether a tied model has a second head.
+    """
+    directory = model_directory(path)
+    cfg, family = _read_config(directory)
+    if not cfg.tie_embeddings:
+        return cfg
+    try:
+        entries = safetensors.open_directory(directory)
+    except (FileNotFoundError, ValueError):
+        return cfg
+    return _settle_head(cfg, family, entries)
 
 
 def model_directory(path: str | Path) -> Path:
@@ -169,13 +180,23 @@ def _read_params(
     chosen = names.match(entries, wanted, table, where)
     for name, full in chosen.items():
         _check(entries[name], name, wanted[full])
-    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in leaves.items()}
+    stored = [(part.path, entries[name].dtype) for name, full in chosen.items() for part in wanted[full].parts]
+    dtypes = _widest(stored) if dtype == "auto" else dict.fromkeys(leaves, dtype)
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
     places = dict.fromkeys(leaves) if mesh is None else tree.leaves(rules.shardings(names.nest(leaves), mesh))
     buffers = {path: _buffer(leaf, places[path]) for path, leaf in leaves.items()}
     # In the order of the file, so that a disk is read in one pass.
     for name in sorted(chosen, key=lambda name: (entries[name].file, entries[name].offset)):
         _fill(buffers, entries[name].view(), wanted[chosen[name]])
     return names.nest({path: _placed(buffers.pop(path), places[path]) for path in leaves})
+
+
+def _widest(stored: Iterable[tuple[str, np.dtype]]) -> dict[str, np.dtype]:
+    """For each leaf the dtype that holds all of its pieces exactly."""
+    found: dict[str, np.dtype] = {}
+    for path, dtype in stored:
+        found[path] = jnp.promote_types(found.get(path, dtype), dtype)
+    return found
 
 
 def _buffer(leaf: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding | None) -> np.ndarray | Array:

@@ -35,7 +35,7 @@ def export(run: str | Path, out: str | Path, config: "RunConfig | None", report:
     """
     run = Path(run)
     finished = (run / "config.json").is_file() or (run / "hf" / "config.json").is_file()
-    cfg, variables = load(run) if finished or config is None else latest(run, config, report)
+    cfg, variables = load(run, "auto") if finished or config is None else latest(run, config, report)
     folder = next((f for f in (run, run / "hf") if (f / "tokenizer.json").is_file()), None)
     save(out, cfg, variables, tokenizer=folder)
 
