@@ -11,6 +11,7 @@ from jaxlm.types import Tree
 
 V = TypeVar("V")
 Rules = Sequence[tuple[str, V]]
+IsLeaf = Callable[[Any], bool] | None
 
 
 def path_name(path: Iterable[Any]) -> str:
@@ -18,7 +19,7 @@ def path_name(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def leaves(tree: Tree, is_leaf: IsLeaf = None) -> dict[str, Any]:
     """All leaves by path, in tree order.
 
         {"embed": {"kernel": a}, "norm": {"scale": b}}  ->  {"embed/kernel": a, "norm/scale": b}
@@ -26,7 +27,7 @@ def leaves(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
 
-def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Any], bool] | None = None):
+def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: IsLeaf = None) -> Tree:
     """`jax.tree.map`, with the leaf's path (text) as first argument of `function`."""
     return jax.tree_util.tree_map_with_path(lambda p, *x: function(path_name(p), *x), tree, *rest, is_leaf=is_leaf)
 
@@ -39,7 +40,7 @@ def matches(pattern: str, path: str) -> bool:
     return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
 
 
-def apply_rules(rules: Rules, tree: Tree, *, name: str, all_used: bool = False, is_leaf=None) -> Tree:
+def apply_rules(rules: Rules, tree: Tree, *, name: str, all_used: bool = False, is_leaf: IsLeaf = None) -> Tree:
     """The value of the first matching rule for each leaf, as a tree of the same structure.
 
         rules [("norm/scale", 0), (".*", 1)], {"norm": {"scale": a}, "embed": {"kernel": b}}

@@ -82,6 +82,31 @@ def test_modules_say_what_they_are(path):
     assert not bare
 
 
+def unannotated(node):
+    """Arguments without a type, and `return` where that is missing; `self` and `cls` need none."""
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    extra = [a for a in (node.args.vararg, node.args.kwarg) if a]
+    names = [a.arg for a in arguments + extra if a.annotation is None and a.arg not in ("self", "cls")]
+    return names + (["return"] if node.returns is None and node.name != "__call__" else [])
+
+
+def test_public_functions_are_annotated():
+    bare = {
+        f"{path}:{node.name}": names
+        for path, node in FUNCTIONS
+        if not node.name.startswith("_") and node in top_level(TREES[ROOT / path])
+        for names in [unannotated(node)]
+        if names
+    }
+    assert not bare
+
+
+def top_level(tree):
+    """Functions of a module and methods of its classes."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [*tree.body, *(node for one in classes for node in one.body)]
+
+
 def linen_names(tree):
     """Attributes taken from flax.linen in a module, and attributes taken from `self`."""
     aliases = {
