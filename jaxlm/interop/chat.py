@@ -50,8 +50,10 @@ class ChatTemplate:
 
     def __init__(self, path: str | Path, tools: bool = False) -> None:
         """`path`: see `render_chat`; `tools`: whether the variant for tools is wanted where there are several."""
-        from jaxlm.interop.sandbox import LimitError, Sandbox
-
+        try:
+            from jaxlm.interop.sandbox import LimitError, Sandbox
+        except ImportError:
+            raise ValueError(f"{path}: chat templates need an optional package; pip install 'jaxlm[chat]'") from None
         self.where = _directory(Path(path))
         source = _choose(_templates(self.where), tools, self.where)
         self.special = special_tokens(self.where)

@@ -44,8 +44,17 @@ def export_forward(
 
 
 def write_forward(path: str | Path, cfg: ModelConfig, dtype: str = "float32") -> None:
-    """Writes the bytes of `export_forward` to a file."""
-    Path(path).write_bytes(export_forward(cfg, dtype=dtype).serialize())
+    """Writes the bytes of `export_forward` to a file.
+
+    Raises:
+      ValueError: the package that JAX serialises with is not installed.
+    """
+    program = export_forward(cfg, dtype=dtype)
+    try:
+        data = program.serialize()
+    except ImportError:
+        raise ValueError(f"{path}: writing programs needs an optional package; pip install 'jaxlm[export]'") from None
+    Path(path).write_bytes(data)
 
 
 def read_forward(path: str | Path) -> jax.export.Exported:
