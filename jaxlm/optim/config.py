@@ -20,7 +20,7 @@ class SamConfig:
       rho: radius of the perturbation, in the norm of all trained leaves together.
       variant: `sam`, or `asam`, whose radius is relative to each weight (2102.11600; rho about ten times larger).
       granularity: one perturbation for the whole `batch` of a step, or one for each `micro`batch of accumulation
-        (m-sharpness with m the microbatch).
+        (m-sharpness with m the microbatch; the gradient's norm in the metrics is then that of the second gradients).
       interval: perturb every so many steps and reuse the sharpness direction in between (LookSAM, 2203.02714).
       look_weight: LookSAM's weight of the reused direction.
       eta: ASAM adds it to the size of a weight.

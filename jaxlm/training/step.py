@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.dist.place import microbatches
+from jaxlm.optim import sam as sharpness
+from jaxlm.optim.config import SamConfig
 from jaxlm.types import Apply, Array, Batch, Objective, Tree, Variables
 
 Metrics = dict[str, Array]
@@ -42,6 +44,7 @@ class Recipe(NamedTuple):
       accumulation: microbatches a step.
       ema: decay of the moving average, or None.
       seed: of all randomness.
+      sam: for perturbations of single microbatches, which are made here; those of the batch are in the chain.
     """
 
     objective: Objective
@@ -51,6 +54,7 @@ class Recipe(NamedTuple):
     accumulation: int = 1
     ema: float | None = None
     seed: int = 0
+    sam: SamConfig | None = None
 
 
 def init_state(recipe: Recipe, params: Variables) -> State:
@@ -86,7 +90,7 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
         value, _, grads = gradient(params)
         return value, grads
 
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params, grad_fn=grad_fn)
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params, grad_fn=grad_fn, value=loss)
     new = State(
         step=state.step,
         applied=state.applied + 1,
@@ -98,6 +102,7 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1.0 - recipe.ema))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics |= sharpness.metrics(opt_state)
     metrics |= {
         "loss": loss,
         "grad_norm": norm,
@@ -124,7 +129,10 @@ def accumulated(
         def loss(params: Variables) -> tuple[Array, Metrics]:
             return recipe.objective.loss(recipe.apply, params, frozen, rows, weights, key)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        if recipe.sam is not None and recipe.sam.granularity == "micro":
+            value_and_grad = sharpness.per_microbatch(value_and_grad, recipe.sam)
+        (value, metrics), grads = value_and_grad(params)
         return value, metrics, grads
 
     if recipe.accumulation == 1:
