@@ -22,7 +22,7 @@ def path_name(path: Iterable[Any]) -> str:
 def leaves(tree: Tree, is_leaf: IsLeaf = None) -> dict[str, Any]:
     """All leaves by path, in tree order.
 
-        {"embed": {"kernel": a}, "norm": {"scale": b}}  ->  {"embed/kernel": a, "norm/scale": b}
+    {"embed": {"kernel": a}, "norm": {"scale": b}}  ->  {"embed/kernel": a, "norm/scale": b}
     """
     return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
 
