@@ -69,7 +69,7 @@ class Output(NamedTuple):
 
 
 Apply = Callable[..., Output]
-"""`apply(variables, tokens, *, positions=None, segments=None, key=None) -> Output`; without a key nothing is dropped."""
+"""`apply(variables, tokens, *, positions=None, segments=None, key=None) -> Output`; without a key, without dropout."""
 
 
 class Objective(NamedTuple):

@@ -13,7 +13,8 @@ from jaxlm.cli.command import Command
 def command(run: str, out: str) -> None:
     """Write a run's model as a Hugging Face directory.
 
-    OUT gets the weights with the tokenizer beside them. RUN is a run directory, whose last checkpoint is taken if training has not ended, or a model directory.
+    OUT gets the weights with the tokenizer beside them. RUN is a run directory, whose last checkpoint is taken if
+    training has not ended, or a model directory.
     """
     from jaxlm.config import load
     from jaxlm.training.export import export

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -122,7 +122,8 @@ def abstract_batch(config: "RunConfig", program: Program) -> Batch:
     shape = (config.train.batch_size, config.data.sequence_length)
     sharding = place.batch_sharding(program.mesh)
     names = {"tokens": "int32", "targets": "int32", "mask": "float32", "segments": "int32", "positions": "int32"}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in names.items()}
+    abstract: Any = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding)
+    return {name: abstract(dtype) for name, dtype in names.items()}
 
 
 def text(plan: Plan) -> str:
@@ -199,9 +200,9 @@ def _compiled_bytes(config: "RunConfig", program: Program, frozen: Variables) ->
 def _attention(config: "RunConfig", program: Program) -> str:
     """The attention backend that the step's shapes get."""
     cfg, length = program.cfg, config.data.sequence_length
-    q = jax.ShapeDtypeStruct((1, length, cfg.H, cfg.K), program.compute.dtype)
-    k = jax.ShapeDtypeStruct((1, length, cfg.G, cfg.K), program.compute.dtype)
+    q: Any = jax.ShapeDtypeStruct((1, length, cfg.H, cfg.K), program.compute.dtype)
+    k: Any = jax.ShapeDtypeStruct((1, length, cfg.G, cfg.K), program.compute.dtype)
     window = cfg.window if any(cfg.layer_type(i) == "sliding" for i in range(cfg.N)) else None
-    ids = jax.ShapeDtypeStruct((1, length), "int32")
+    ids: Any = jax.ShapeDtypeStruct((1, length), "int32")
     mask = AttentionMask(window=window, segments_BxL=ids, segments_BxS=ids)
     return choose(q, k, mask=mask, softcap=cfg.attention_softcap, backend=program.compute.attention)

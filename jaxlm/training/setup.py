@@ -212,7 +212,7 @@ def global_batch(dataset: Dataset, rows: np.ndarray, mesh: Mesh) -> Batch:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between starts, unless the user has said where (or that not) to."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values.get("jax_compilation_cache_dir"):
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
