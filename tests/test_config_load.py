@@ -244,7 +244,13 @@ def leaf_values(tree):
 
 def test_every_field_is_written_on_a_line_of_its_own(write):
     config = build(
-        {"model": {"moe": {}}, "optimizer": {"sam": {}}, "mup": {}, "lora": {}, "train": {"prompts": ["a\nb"]}}
+        {
+            "model": {"moe": {}, "rope": {}},
+            "optimizer": {"sam": {}},
+            "mup": {},
+            "lora": {},
+            "train": {"prompts": ["a\nb"]},
+        }
     )
     text = dump(config)
     lines = [line.partition(":")[0].strip() for line in text.splitlines()]

@@ -1,7 +1,7 @@
 """The model section: where a model comes from, or the shape of a new one."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -22,7 +22,8 @@ class ModelSection:
       d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, vocab_size: the shape. Null: `n_heads = d_model /
         head_dim`, `n_kv_heads = n_heads`, `head_dim = d_model / n_heads`, `d_ff` = 8/3 (gated) or 4 times d_model
         rounded up, `vocab_size` is the tokenizer's.
-      rope_theta: base of the rotary wavelengths.
+      rope: rotary settings; null: the directory's, or the defaults. With `path`, given fields replace the directory's
+        one by one; `rope.factor` alone stretches the context by YaRN.
       The others are those of `jaxlm.nn.config.ModelConfig`, under the same names.
     """
 
@@ -44,7 +45,7 @@ class ModelSection:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"] = "silu"
     gated: bool = True
     positions: Literal["rope", "learned", "none"] = "rope"
-    rope_theta: Above0 = 10000.0
+    rope: RopeConfig | None = None
     window: Count | None = None
     layer_types: tuple[Literal["sliding", "full"], ...] | None = None
     attention_softcap: Above0 | None = None
@@ -55,9 +56,8 @@ class ModelSection:
     def architecture(self, *, max_length: int, dropout: float = 0.0, lora: LoraConfig | None = None) -> ModelConfig:
         """The model that the fields describe; `vocab_size` may still be open."""
         shared = {name: getattr(self, name) for name in _SHARED}
-        return ModelConfig(
-            **shared, rope=RopeConfig(theta=self.rope_theta), max_length=max_length, dropout=dropout, lora=lora
-        )
+        shared["rope"] = self.rope or RopeConfig()
+        return ModelConfig(**shared, max_length=max_length, dropout=dropout, lora=lora)
 
 
 _SHARED = tuple(
@@ -74,26 +74,39 @@ def adopt(section: ModelSection, given: frozenset[str], directory: ModelConfig) 
 
     Args:
       section: with `path`.
-      given: dotted names of the fields in the configuration (`jaxlm.config.given_fields`). A mixture of experts that
-        is given replaces the directory's field by field; of the rest, nothing may contradict the directory.
+      given: dotted names of the fields in the configuration (`jaxlm.config.given_fields`). A mixture of experts and
+        rotary settings replace the directory's field by field; of the rest, nothing may contradict the directory.
       directory: what the directory at `path` holds.
 
     Raises:
       ValueError: naming a given field that contradicts the directory.
     """
-    theirs = {name: getattr(directory, name) for name in _SHARED if name != "moe"} | {
-        "rope_theta": directory.rope.theta
-    }
+    theirs = {name: getattr(directory, name) for name in _SHARED if name not in ("moe", "rope")}
     for name, value in theirs.items():
         ours, held = getattr(section, name), getattr(directory, _DERIVED[name]) if name in _DERIVED else value
         if f"model.{name}" in given and ours is not None and ours != held:
             raise ValueError(f"model.{name}: {ours} contradicts {held} in {section.path}; remove the field")
-    return dataclasses.replace(section, **theirs, moe=_adopt_moe(section.moe, given, directory.moe))
+    moe = _merged("moe", section.moe, given, directory.moe)
+    return dataclasses.replace(section, **theirs, moe=moe, rope=_adopt_rope(section.rope, given, directory))
 
 
-def _adopt_moe(ours: MoEConfig | None, given: frozenset[str], theirs: MoEConfig | None) -> MoEConfig | None:
+def _adopt_rope(ours: RopeConfig | None, given: frozenset[str], directory: ModelConfig) -> RopeConfig:
+    rope = _merged("rope", ours, given, directory.rope)
+    assert rope is not None
+    if rope.factor is not None and rope.kind == "default":
+        rope = dataclasses.replace(rope, kind="yarn")
+    if rope != directory.rope and rope.kind != "default" and rope.original_length is None:
+        rope = dataclasses.replace(rope, original_length=directory.max_length)
+    return rope
+
+
+Section = TypeVar("Section", MoEConfig, RopeConfig)
+
+
+def _merged(name: str, ours: Section | None, given: frozenset[str], theirs: Section | None) -> Section | None:
+    """A directory's sub-section with the given fields of the configuration's in it."""
     if ours is None or theirs is None:
         return theirs if ours is None else ours
-    names = [field.name for field in dataclasses.fields(MoEConfig) if f"model.moe.{field.name}" in given]
-    changes: dict[str, Any] = {name: getattr(ours, name) for name in names}
+    names = [field.name for field in dataclasses.fields(theirs) if f"model.{name}.{field.name}" in given]
+    changes: dict[str, Any] = {field: getattr(ours, field) for field in names}
     return dataclasses.replace(theirs, **changes)

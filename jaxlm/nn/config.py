@@ -236,6 +236,11 @@ class ModelConfig:
             raise ValueError(f"model.n_heads: {self.H} is not a multiple of model.n_kv_heads {self.G}; change one")
         if self.positions == "rope" and self.K % 2:
             raise ValueError(f"model.head_dim: {self.K} is odd, which rotary positions cannot use; choose an even one")
+        if self.rope.kind == "default" and self.rope.factor is not None:
+            raise ValueError(
+                f"model.rope.factor: {self.rope.factor} stretches nothing with model.rope.kind default; set the kind to "
+                "linear, dynamic, llama3 or yarn"
+            )
         if self.layer_types is not None and "sliding" in self.layer_types and self.window is None:
             raise ValueError("model.window: null, but model.layer_types has sliding layers; set the window's width")
         if self.moe is not None and not 1 <= self.moe.top_k <= self.moe.experts:

@@ -97,6 +97,9 @@ def prepare(config: "RunConfig") -> Setup:
         vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
     )
     cfg = model_config(config, directory, data.tokenizer)
+    if directory is not None and cfg.rope != directory.rope:
+        note = "model.rope: other than in the directory; its weights know these positions only after enough training"
+        data = data._replace(notes=(*data.notes, note))
     loader = Loader(data.train, config.train.batch_size, config.run.seed)
     return Setup(config, assemble(config, cfg, mesh), data, loader, {}, identity(config, data))
 
@@ -157,7 +160,11 @@ def model_tokenizer(path: str | None, directory: ModelConfig) -> Tokenizer | Non
 
 def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
     """A model directory's architecture with what the configuration adds to it."""
-    return dataclasses.replace(directory, dropout=config.train.dropout, lora=config.lora)
+    rope, length = config.model.rope or directory.rope, directory.max_length
+    if rope != directory.rope and rope.factor is not None:
+        length = round((rope.original_length or length) * rope.factor)
+    dropout, lora = config.train.dropout, config.lora
+    return dataclasses.replace(directory, rope=rope, max_length=length, dropout=dropout, lora=lora)
 
 
 def model_config(config: "RunConfig", directory: ModelConfig | None, tokenizer: Tokenizer) -> ModelConfig:

@@ -1,0 +1,1 @@
+"""Benchmarks: jaxlm and its peers in alternation, in fresh processes, on equal terms."""
