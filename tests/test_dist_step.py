@@ -1,5 +1,6 @@
 """The training step on eight devices: the numbers of one device, state really spread, and no traffic beyond theory."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,9 +25,14 @@ from jaxlm.training.step import Recipe, init_state, train_step
 CFG = ModelConfig(d_model=32, n_layers=2, n_heads=8, n_kv_heads=4, d_ff=64, vocab_size=64, max_length=16, dropout=0.1)
 ROWS, LENGTH, STEPS = 16, 16, 5
 
+OTHER = dataclasses.replace(
+    CFG, tie_embeddings=False, positions="learned", norm="layernorm", o_bias=True, mlp_bias=True, gated=False
+)
+
 MESHES = {
     "ddp": MeshConfig(),
     "fsdp": MeshConfig(fsdp=8),
+    "data and fsdp": MeshConfig(fsdp=4),
     "tensor": MeshConfig(data=2, tensor=4),
     "fsdp and tensor": MeshConfig(fsdp=4, tensor=2),
     "context": MeshConfig(context=8),
@@ -34,13 +40,18 @@ MESHES = {
 }
 
 
-def recipe(shapes, mesh=None, accumulation=1):
+def model(name):
+    """One mesh has the architecture of GPT-2, the others that of Llama."""
+    return OTHER if name == "data and fsdp" else CFG
+
+
+def recipe(cfg, shapes, mesh=None, accumulation=1):
     compute = Compute() if mesh is None else Compute(constrain=place.constrain(mesh), mesh=mesh)
     config = OptimizerConfig(learning_rate=1e-2)
     return Recipe(
         objective=next_token(NextTokenConfig()),
-        apply=functools.partial(transformer.apply, CFG, compute=compute),
-        optimizer=chain.make(config, CFG, shapes, STEPS),
+        apply=functools.partial(transformer.apply, cfg, compute=compute),
+        optimizer=chain.make(config, cfg, shapes, STEPS),
         schedule=schedules.make(config, STEPS),
         accumulation=accumulation,
     )
@@ -62,14 +73,14 @@ def batch(step):
 
 
 @functools.cache
-def initial():
-    return jax.tree.map(np.asarray, transformer.init(CFG, jax.random.key(0)))
+def initial(cfg):
+    return jax.tree.map(np.asarray, transformer.init(cfg, jax.random.key(0)))
 
 
 @functools.cache
-def on_one_device(accumulation=1):
-    params = initial()
-    made = recipe(params, accumulation=accumulation)
+def on_one_device(cfg, accumulation=1):
+    params = initial(cfg)
+    made = recipe(cfg, params, accumulation=accumulation)
     step = jax.jit(functools.partial(train_step, made))
     state, losses = init_state(made, jax.tree.map(jnp.asarray, params)), []
     for i in range(STEPS):
@@ -81,9 +92,9 @@ def on_one_device(accumulation=1):
 @functools.cache
 def on_a_mesh(name, accumulation=1):
     """Losses, the last state, and the text of the compiled step."""
-    mesh = meshes.make(MESHES[name])
-    made = recipe(initial(), mesh, accumulation)
-    params = place.put(initial(), rules.shardings(initial(), mesh))
+    mesh, start = meshes.make(MESHES[name]), initial(model(name))
+    made = recipe(model(name), start, mesh, accumulation)
+    params = place.put(start, rules.shardings(start, mesh))
     with jax.set_mesh(mesh):
         state = place.build(functools.partial(init_state, made), params, mesh=mesh, params=params)
         lies = jax.tree.map(lambda x: x.sharding, state)
@@ -99,7 +110,7 @@ def on_a_mesh(name, accumulation=1):
 @pytest.mark.parametrize("name", MESHES)
 def test_losses_and_parameters_are_those_of_one_device(name):
     losses, state, _ = on_a_mesh(name)
-    expected, params = on_one_device()
+    expected, params = on_one_device(model(name))
     np.testing.assert_allclose(losses, expected, rtol=0, atol=5e-6)
     assert abs(expected[0] - expected[-1]) > 1e-3
     for path, leaf in trees.leaves(place.gather(state.params)).items():
@@ -119,7 +130,8 @@ def test_parameters_and_moments_stay_spread(name):
 
 def measured_and_expected(name):
     found = {kind: total.bytes for kind, total in totals(on_a_mesh(name)[2]).items()}
-    return found, traffic.step_bytes(CFG, initial(), meshes.make(MESHES[name]), traffic.Shape(ROWS, LENGTH))
+    cfg, shape = model(name), traffic.Shape(ROWS, LENGTH)
+    return found, traffic.step_bytes(cfg, initial(cfg), meshes.make(MESHES[name]), shape)
 
 
 SCALARS = 16 * 16
@@ -134,16 +146,18 @@ def test_traffic_is_what_theory_says(name):
         assert 0 <= size - expected.get(kind, 0) <= (SCALARS if kind == "all-reduce" else 0), (kind, found, expected)
 
 
-def test_traffic_of_rows_and_positions_together_is_at_most_twice_theory():
+def test_traffic_of_rows_and_positions_together_is_little_more():
     # The CPU's compiler sums over rows and over positions in turn; those of accelerators fold the two into one.
     found, expected = measured_and_expected("all")
     assert found.keys() == expected.keys()
-    assert all(expected[kind] <= size + SCALARS and size <= 2 * expected[kind] for kind, size in found.items()), found
+    assert all(expected[kind] <= size + SCALARS and size <= 1.25 * expected[kind] for kind, size in found.items()), (
+        found
+    )
 
 
 def test_microbatches_give_the_same_and_move_no_rows():
     losses, _, text = on_a_mesh("fsdp", accumulation=2)
-    np.testing.assert_allclose(losses, on_one_device(accumulation=2)[0], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(losses, on_one_device(CFG, accumulation=2)[0], rtol=0, atol=5e-6)
     assert not {"all-to-all", "collective-permute"} & set(totals(text))
 
 

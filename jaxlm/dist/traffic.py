@@ -29,16 +29,16 @@ class Shape(NamedTuple):
 
 
 def step_bytes(cfg: ModelConfig, params: Tree, mesh: Mesh, shape: Shape) -> dict[str, int]:
-    """Bytes by kind of collective, as `collectives.totals` counts them, of one step of a dense, tied, scanned model.
+    """Bytes by kind of collective, as `collectives.totals` counts them, of one step of a dense, scanned model.
 
-    Weights cut over `fsdp` are gathered where they are used: those of layers forward and backward, the embedding once.
-    Gradients are summed once: scattered over `fsdp`, or reduced where a leaf is not cut by it. Tensor parallelism sums
-    the residual stream twice a layer forward and twice backward, and at the embedding and the head; the softmax over a
-    cut vocabulary adds three numbers a token. Context parallelism gathers keys and values, and scatters their
-    gradients. Scalars (loss, norms) are left out.
+    Weights cut over `fsdp` are gathered where they are used: in layers forward and backward, tables and head once.
+    Gradients are summed once: scattered over `fsdp`, those of layers then reduced in parts over the other axes of the
+    batch; or reduced where a leaf is not cut by it. Tensor parallelism sums the residual stream twice a layer forward
+    and twice backward, and at the embedding and the head; the softmax over a cut vocabulary adds three numbers a token.
+    Context parallelism gathers keys and values, and scatters their gradients. Scalars (loss, norms) are left out.
 
     Args:
-      cfg: the model, without experts and with a tied head.
+      cfg: the model, without experts.
       params: {"params": tree}, arrays or ShapeDtypeStructs, float32.
       mesh: the mesh.
       shape: of the batch.
@@ -54,6 +54,8 @@ def step_bytes(cfg: ModelConfig, params: Tree, mesh: Mesh, shape: Shape) -> dict
         if _parts(sharding.spec, sizes, ("fsdp",)) > 1:
             gathered += whole * (2 if rules.stacked(path) else 1)
             scattered += whole
+            if rules.stacked(path) and rows * sizes["context"] > sizes["fsdp"]:
+                reduced += whole // sizes["fsdp"]
         elif rows * sizes["context"] > 1:
             reduced += whole
     tokens = shape.batch_size // rows * shape.length // sizes["context"]

@@ -33,20 +33,25 @@ def parts(axis: str) -> int:
     return mesh.shape[axis] if types.get(axis) == AxisType.Auto else 1
 
 
-def table_copies(table_VxD: Array, shape: tuple[int, ...]) -> Array | None:
-    """A tied embedding for each group of devices that has rows of its own: [V, D] -> [groups, V, D].
+def table_copies(table_VxD: Array, shape: tuple[int, ...]) -> Array:
+    """A table for each group of devices that has rows of its own: [V, D] -> [groups, V, D], for `look_up`.
+
+    Each group looks up its own tokens in a whole table, and the gradient is summed over groups once. The partitioner,
+    left alone with a table cut over `fsdp`, may gather the activations of all rows instead. A tied head is to use the
+    copies too: then both of its gradients are in that one sum.
 
     Args:
-      table_VxD: the embedding; lookup and head are both to use the copies.
+      table_VxD: the table.
       shape: of the tokens, [B, L].
 
     Returns:
-      The copies, spread over the groups; None with one group, or if rows or positions cannot be spread evenly.
+      The copies, spread over the groups; the table itself with one group, or if rows or positions cannot be spread
+      evenly.
     """
     rows = parts(ROWS[0]) * parts(ROWS[1]) * parts(ROWS[2])
     groups = rows * parts(POSITIONS)
     if groups == 1 or shape[0] % rows or shape[1] % parts(POSITIONS):
-        return None
+        return table_VxD
     copies = jnp.broadcast_to(table_VxD[None], (groups, *table_VxD.shape))
     return jax.lax.with_sharding_constraint(copies, PartitionSpec((*ROWS, POSITIONS), FREE, FREE))
 

@@ -85,9 +85,8 @@ def apply(
     """
     params, compute = variables["params"], compute or Compute()
     context, cache = _context(cfg, tokens, positions, segments, cache)
-    copies = table_copies(params["embed"]["kernel"], tokens.shape) if cfg.tie_embeddings and cache is None else None
-    spread = params if copies is None else {**params, "embed": {"kernel": copies}}
-    x = _embed(cfg, spread, tokens, positions, cache, compute)
+    tables = params if cache is not None else _spread_tables(params, tokens.shape)
+    x = _embed(cfg, tables, tokens, positions, cache, compute)
     if cfg.dropout and key is not None:
         x = dropout(x, cfg.dropout, jax.random.fold_in(key, cfg.N))
     x = compute.constrain(x)
@@ -99,6 +98,8 @@ def apply(
     x = make_norm(cfg, "norm").apply({"params": params["norm"]}, x)  # type: ignore[assignment]
     if cfg.logits_multiplier != 1.0:
         x = x * cfg.logits_multiplier
+    table = tables["embed"]["kernel"]
+    copies = table if cfg.tie_embeddings and table.ndim == 3 else None
     return Output(x, head(cfg, params)._replace(copies=copies), _join(aux), cache)
 
 
@@ -208,6 +209,12 @@ def _context(
     return Context(rope, segments, marked, cache.index), cache._replace(segments=marked)
 
 
+def _spread_tables(params: Tree, shape: tuple[int, ...]) -> Tree:
+    """The parameters with tables that tokens are looked up in as copies for the mesh in force, if there is one."""
+    names = [name for name in ("embed", "position_embed") if name in params]
+    return {**params, **{name: {"kernel": table_copies(params[name]["kernel"], shape)} for name in names}}
+
+
 def _embed(
     cfg: ModelConfig,
     params: Tree,
@@ -219,7 +226,7 @@ def _embed(
     x = look_up(params["embed"]["kernel"], tokens)
     if cfg.positions == "learned":
         where = jnp.broadcast_to(_positions(tokens, positions, cache), tokens.shape)
-        x = x + jnp.take(params["position_embed"]["kernel"], where, axis=0, mode="clip")
+        x = x + look_up(params["position_embed"]["kernel"], where)
     x = x.astype(compute.dtype)
     return x if cfg.embed_scale is None else x * jnp.asarray(cfg.embed_scale, x.dtype)
 
