@@ -472,3 +472,16 @@ def test_mup_scalars_are_multiplied_into_weights(family, tmp_path):
     np.testing.assert_allclose(logits(again, got), logits(cfg, variables), atol=2e-5)
     moved = [p for p, x in tree.leaves(got).items() if not np.array_equal(x, tree.leaves(variables)[p])]
     assert 3 <= len(moved) <= 10
+
+
+def test_a_model_that_no_family_can_express_is_kept_in_our_own_form(tmp_path):
+    shape = {"d_model": 16, "n_layers": 3, "n_heads": 2, "vocab_size": 33, "norm": "layernorm"}
+    odd = ModelConfig(**shape, parallel_residual=True, logit_softcap=9.0, moe=MoEConfig(experts=4, dense_layers=(1,)))
+    variables = model(odd)
+    with pytest.raises(ValueError, match="no Hugging Face family"):
+        save(tmp_path / "refused", odd, variables)
+    save(tmp_path / "kept", odd, variables, own_form=True)
+    cfg, again = load(tmp_path / "kept")
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    want = transformer.logits(odd, variables, TOKENS)
+    np.testing.assert_array_equal(want, transformer.logits(cfg, again, TOKENS))

@@ -41,6 +41,7 @@ def save(
     tokenizer: str | Path | None = None,
     *,
     shard_size: int = SHARD_SIZE,
+    own_form: bool = False,
 ) -> None:
     """Writes a directory that transformers' from_pretrained loads: config.json, generation_config.json, safetensors.
 
@@ -54,6 +55,7 @@ def save(
       cfg, variables: the model; {"params": tree}.
       tokenizer: a tokenizer.json, or a directory with one; it is copied, with its configuration and chat template.
       shard_size: largest size of one weight file in bytes; more is spread over several with an index.
+      own_form: whether a model that no family can express is written in a form that only `jaxlm.load` reads.
 
     Raises:
       ValueError: naming the field that no family can express, the missing part, or the path in the way.
@@ -65,7 +67,7 @@ def save(
     _refuse_occupied(path)
     source = _tokenizer_files(tokenizer)
     folds, plain_cfg = fold(cfg)
-    family, written = hf.choose(plain_cfg)
+    family, written = hf.choose(plain_cfg, own_form)
     leaves = tree.leaves(variables["params"])
     tensors = _tensors(names.targets(plain_cfg, family.table(plain_cfg), names.abstract(plain_cfg)), leaves, folds)
     dtype = _common_dtype(tensors)

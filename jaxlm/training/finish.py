@@ -72,7 +72,7 @@ def finish(run: "Run", step: int) -> None:
     params = place.gather({**setup.frozen, **run.params})
     if not multihost.is_main():
         return
-    save(directory / "hf", setup.program.cfg, params, tokenizer=directory / "tokenizer.json")
+    save(directory / "hf", setup.program.cfg, params, tokenizer=directory / "tokenizer.json", own_form=True)
     write_summary(directory, summary(run, "done" if step == run.train.steps else "stopped early"))
     page = write_report(directory)
     run.progress.message(f"done: {page}")

@@ -20,6 +20,8 @@ from jaxlm.data.supply import Data, open_data
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
+from jaxlm.interop import hf
+from jaxlm.interop.fold import fold
 from jaxlm.interop.load import load, load_config
 from jaxlm.nn import transformer
 from jaxlm.nn.compute import Compute
@@ -100,8 +102,20 @@ def prepare(config: "RunConfig") -> Setup:
     if directory is not None and cfg.rope != directory.rope:
         note = "model.rope: other than in the directory; its weights know these positions only after enough training"
         data = data._replace(notes=(*data.notes, note))
+    if (own := _own_form(cfg)) is not None:
+        data = data._replace(notes=(*data.notes, own))
     loader = Loader(data.train, config.train.batch_size, config.run.seed)
     return Setup(config, assemble(config, cfg, mesh), data, loader, {}, identity(config, data))
+
+
+def _own_form(cfg: ModelConfig) -> str | None:
+    """What to say of a model that only jaxlm will be able to load."""
+    try:
+        hf.choose(fold(cfg)[1])
+    except ValueError as error:
+        what = str(error).partition(";")[0]
+        return f"{what}; hf/ will be in jaxlm's own form, which jaxlm loads and other programs do not"
+    return None
 
 
 def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:

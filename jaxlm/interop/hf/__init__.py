@@ -13,6 +13,7 @@ from jaxlm.interop.hf import (
     mixtral,
     olmo2,
     olmoe,
+    own,
     phi3,
     qwen2,
     qwen3,
@@ -40,6 +41,9 @@ FAMILIES: dict[str, Family] = {
 }
 """By model_type; the order is that of preference when a model is written."""
 
+READABLE = FAMILIES | {"jaxlm": own.FAMILY}
+"""What a directory may be: a family, or jaxlm's own form."""
+
 UNWRITTEN = ("family", "dropout", "embed_std", "lora")
 UNWRITTEN_MOE = ("balance", "aux_weight", "z_weight", "bias_rate", "capacity_factor")
 """Fields that say nothing about what a finished model computes."""
@@ -54,11 +58,11 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     architectures = raw.get("architectures") or []
     model_type = raw.get("model_type")
     if model_type is None:
-        model_type = next((f.model_type for f in FAMILIES.values() if f.architecture in architectures), None)
-    if model_type not in FAMILIES:
+        model_type = next((f.model_type for f in READABLE.values() if f.architecture in architectures), None)
+    if model_type not in READABLE:
         named = model_type if model_type is not None else architectures
         raise ValueError(f"{where}: model_type: {named!r} is unknown; the known ones are {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
+    family = READABLE[model_type]
     backbone = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
     if architectures and not {family.architecture, backbone, backbone.replace("3Model", "3TextModel")} & {
         *architectures
@@ -82,8 +86,8 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     return cfg
 
 
-def choose(cfg: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family that can hold a model exactly, and its config.json.
+def choose(cfg: ModelConfig, own_form: bool = False) -> tuple[Family, dict[str, Any]]:
+    """The family that can hold a model exactly, and its config.json; with `own_form`, jaxlm's own where none can.
 
     The model's own family is tried first, then the others. A family holds a model if reading back what it writes
     gives the same model.
@@ -107,6 +111,9 @@ def choose(cfg: ModelConfig) -> tuple[Family, dict[str, Any]]:
             return family, written
         if nearest is None or len(fields) < len(nearest):
             nearest = fields
+    if own_form:
+        family = own.FAMILY
+        return family, {"architectures": [family.architecture], "model_type": family.model_type} | family.write(cfg)
     if nearest is None:
         raise ValueError(f"{reason}; no family can hold this model")
     raise ValueError(f"{', '.join(nearest)}: no Hugging Face family can express this; change it before exporting")
