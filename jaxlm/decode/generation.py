@@ -117,6 +117,7 @@ def chunks(
         yield Samples(none.astype(np.int32), np.zeros(len(ids), np.int32), none.astype(np.float32))
         return
     padded = batch.pad(ids)
+    cfg = loop.program_of(cfg)
     variables = loop.prepare(cfg, variables)
     compute = loop.compute_of(variables)
     state = loop.prefill(cfg, compute, variables, padded.tokens, padded.segments)

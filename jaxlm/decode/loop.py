@@ -7,6 +7,7 @@ Programs depend on the model and on bucketed shapes alone. How rows are sampled,
 taken are arrays.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -63,6 +64,11 @@ def prepare(cfg: ModelConfig, variables: Variables) -> Variables:
     if isinstance(variables["params"]["layers"], tuple):
         return variables
     return _unstack(cfg, variables)
+
+
+def program_of(cfg: ModelConfig) -> ModelConfig:
+    """The part of a configuration that compiled programs depend on: special tokens and the like are no part of it."""
+    return dataclasses.replace(cfg, bos_token_id=None, eos_token_id=None, pad_token_id=None, family=None, dropout=0.0)
 
 
 def compute_of(variables: Variables) -> Compute:

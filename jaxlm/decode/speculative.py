@@ -122,7 +122,8 @@ class _Reader:
     """A model with its cache of one text."""
 
     def __init__(self, cfg: ModelConfig, variables: Variables, padded: batch.Prompts, room: int) -> None:
-        self.cfg, self.variables = cfg, loop.prepare(cfg, variables)
+        cfg = self.cfg = loop.program_of(cfg)
+        self.variables = loop.prepare(cfg, variables)
         self.compute = loop.compute_of(self.variables)
         state = loop.prefill(cfg, self.compute, self.variables, padded.tokens, padded.segments)
         state = loop.grow(state, room)
