@@ -67,7 +67,8 @@ def load_tasks(tasks: Sequence[str]) -> dict[str, Any]:
                 f"--tasks: {task}: not a task that lm-eval knows; give a .yaml or .jsonl file, or such a name"
             )
         try:
-            found = manager.load([task])
+            with _quiet(logging.ERROR):
+                found = manager.load([task])
         except Exception as error:  # of YAML, of the datasets library, of the task's own code
             raise ValueError(f"{task}: not a task that can be loaded ({_short(error)}); mend the file") from error
         twice = set(found["tasks"]) & set(loaded["tasks"])
@@ -98,7 +99,7 @@ def evaluate(subject: Subject, loaded: dict[str, Any], settings: Settings = Sett
         if given is None or (settings.num_fewshot is not None and given != 0):
             task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
         task.set_fewshot_seed(seed=1234)
-    with _quiet():
+    with _quiet(logging.WARNING):
         found = run(
             JaxLM(subject),
             loaded,
@@ -125,19 +126,26 @@ def _sample(line: Sample) -> Sample:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval without its own lines on stdout, its chatter, and its forked processes, which do not go with JAX."""
-    before = os.environ.get("DISABLE_MULTIPROC")
+def _quiet(level: int) -> Iterator[None]:
+    """lm-eval without lines on stdout, messages below a level, bars of data that is read, and forked processes.
+
+    Forking does not go with JAX's threads.
+    """
+    import datasets
+
+    forking, logger, bars = os.environ.get("DISABLE_MULTIPROC"), logging.getLogger("lm_eval"), datasets.utils
+    before, hidden = logger.level, bars.are_progress_bars_disabled()
     os.environ["DISABLE_MULTIPROC"] = "1"
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(level)
+    bars.disable_progress_bars()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(level)
-        if before is None:
+        logger.setLevel(before)
+        if not hidden:
+            bars.enable_progress_bars()
+        if forking is None:
             del os.environ["DISABLE_MULTIPROC"]
 
 
