@@ -20,6 +20,8 @@ COMMANDS = {
     "compare": "jaxlm.cli.compare",
     "report": "jaxlm.cli.report",
     "export": "jaxlm.cli.export",
+    "coord-check": "jaxlm.cli.coord_check",
+    "sweep": "jaxlm.cli.sweep",
 }
 """Subcommands in the order of a model's life, and the module whose `command` each is."""
 
