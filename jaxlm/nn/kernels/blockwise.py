@@ -4,14 +4,12 @@ Forward and backward follow Dao et al. (2205.14135, 2307.08691): only q, k, v, t
 denominator are kept. Tiles that no query may use are never visited, through loops with dynamic bounds, which the own
 backward pass makes legal.
 
-Tiles are cut from the operands as they come, [B, L, H, K], when they are needed: nothing is laid out anew. The backward
-pass works on transposed scores (keys x queries), because then four of its five products have both operands in the order
-that matrix units want, and the fifth gives the queries' gradient transposed.
+Tiles are cut from the operands as they come, [B, L, H, K]: only the keys are laid out anew, transposed. The backward
+pass works on transposed scores (keys x queries), because then all its five products have both operands in the order
+that matrix units want.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +17,8 @@ import jax.numpy as jnp
 from jaxlm.nn.kernels import masks
 from jaxlm.nn.kernels.masks import AttentionMask, Side
 from jaxlm.nn.kernels.reference import FAR_BELOW
+from jaxlm.nn.kernels.tiles import DECODE, Form, Operands, Spot, cut, form_of
 from jaxlm.types import Array
-
-BLOCK = 256
-"""Longest tile side."""
-
-TILE = 4 * 256 * 256
-"""Most scores of a tile, all heads together, where one device computes one tile after the other: 1 MiB in float32,
-which stays in a CPU core's cache. Tiles of 24 and 48 heads cost 20 and 45 % more time per score."""
-
-
-class Form(NamedTuple):
-    """Static settings of a call.
-
-    Attributes:
-      scale, softcap: of the scores.
-      blocks: tile sides of queries and keys.
-      slots: rows of the batch and key heads that a tile spans.
-    """
-
-    scale: float
-    softcap: float | None
-    blocks: tuple[int, int]
-    slots: tuple[int, int]
 
 
 def blockwise_attention(
@@ -58,41 +35,11 @@ def blockwise_attention(
     Args, Returns: as `reference_attention`.
 
     Raises:
-      ValueError: segment ids, a window or a scale that cannot be.
+      ValueError: segment ids, a window, a scale or a cap that cannot be.
     """
     mask = masks.complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
-    return _attention(form_of(q_BxLxHxK, k_BxSxGxK, scale, softcap), q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask)
-
-
-def form_of(q: Array, k: Array, scale: float, softcap: float | None) -> Form:
-    """The settings for operands of these shapes."""
-    if not scale > 0.0:
-        raise ValueError(f"attention: scale {scale} is not positive; use e.g. head_dim ** -0.5")
-    (batch, n_queries, heads, _), groups = q.shape, k.shape[2]
-    blocks = (_block(n_queries), _block(k.shape[1]))
-    slots = (batch, groups)
-    if _one_device():
-        room = max(1, TILE // (blocks[0] * blocks[1] * (heads // groups)))
-        fit = _largest_divisor(groups, room)
-        slots = (_largest_divisor(batch, room // groups) if fit == groups else 1, fit)
-    return Form(float(scale), softcap, blocks, slots)
-
-
-def _block(length: int) -> int:
-    """The tile side that splits `length` evenly into the fewest tiles of at most `BLOCK`, a multiple of 8."""
-    tiles = -(-length // BLOCK)
-    return -(-math.ceil(length / tiles) // 8) * 8 if length > 8 else length
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(1, most))
-
-
-def _one_device() -> bool:
-    """Whether the program is for one CPU device, so that cutting the axes of rows and heads moves nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.size
-    return devices == 1 and jax.default_backend() == "cpu"
+    form = form_of(q_BxLxHxK, k_BxSxGxK, mask, scale, softcap)
+    return _attention(form, q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -120,86 +67,6 @@ def delta_of(do: Array, o: Array, lse: Array) -> Array:
     return jnp.moveaxis(delta, 1, 2).reshape(lse.shape)
 
 
-class _Spot(NamedTuple):
-    """Where a tile's slots begin: row of the batch, key head."""
-
-    b: Array | int
-    g: Array | int
-
-
-class _Operands(NamedTuple):
-    """Padded operands and the parts of the mask, cut into tiles on demand.
-
-    Attributes:
-      q: [B, L, H, K]. k, v: [B, S, G, K].
-      mask: whose ids are padded too.
-      n_keys: keys without padding, or null if there is none.
-      needed: [B, I, J].
-    """
-
-    q: Array
-    k: Array
-    v: Array
-    mask: AttentionMask
-    n_keys: int | None
-    needed: Array
-
-    @classmethod
-    def of(cls, form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> "_Operands":
-        block_q, block_k = form.blocks
-        needed = masks.needed_BxIxJ(mask, (q.shape[0], q.shape[1], k.shape[1]), form.blocks)
-        ids = (mask.segments_BxL, block_q), (mask.segments_BxS, block_k)
-        ids_BxL, ids_BxS = (None if x is None else masks.pad_to(x, block) for x, block in ids)
-        mask = AttentionMask(mask.causal, mask.window, ids_BxL, ids_BxS, masks.offset_B(mask, q.shape[0]))
-        n_keys = k.shape[1] if k.shape[1] % block_k else None
-        return cls(masks.pad_to(q, block_q), masks.pad_to(k, block_k), masks.pad_to(v, block_k), mask, n_keys, needed)
-
-    def spot(self, form: Form, index: Array) -> _Spot:
-        batch, groups = self.k.shape[0], self.k.shape[2]
-        wide = groups // form.slots[1]
-        b = 0 if form.slots[0] == batch else index // wide * form.slots[0]
-        return _Spot(b, 0 if wide == 1 else index % wide * form.slots[1])
-
-    def spots(self, form: Form) -> int:
-        return (self.k.shape[0] // form.slots[0]) * (self.k.shape[2] // form.slots[1])
-
-    def needed_at(self, form: Form, spot: _Spot) -> Array:
-        """[I, J] for the rows of the batch at the spot."""
-        return jnp.any(_cut(self.needed, (spot.b, 0, 0), (form.slots[0], *self.needed.shape[1:])), axis=0)
-
-    def queries(self, form: Form, spot: _Spot, i: Array) -> Side:
-        rows, block = form.slots[0], form.blocks[0]
-        position = _cut(self.mask.q_offset, (spot.b,), (rows,))[:, None]
-        position += (i * block + jnp.arange(block, dtype=jnp.int32))[None, :]
-        ids = self.mask.segments_BxL
-        return Side(position, None if ids is None else _cut(ids, (spot.b, i * block), (rows, block)))
-
-    def keys(self, form: Form, spot: _Spot, j: Array) -> Side:
-        rows, block = form.slots[0], form.blocks[1]
-        position = (j * block + jnp.arange(block, dtype=jnp.int32))[None, :]
-        ids = self.mask.segments_BxS
-        return Side(position, None if ids is None else _cut(ids, (spot.b, j * block), (rows, block)))
-
-
-def _cut(x: Array, start: tuple[Array | int, ...], sizes: tuple[int, ...]) -> Array:
-    return jax.lax.dynamic_slice(x, tuple(jnp.asarray(s, jnp.int32) for s in start), sizes)
-
-
-def _tile(x: Array, form: Form, spot: _Spot, index: Array, block: int, repeats: int) -> Array:
-    """A tile of [B, L, H, K], as [b, g, R, l, K]; `repeats` is R, the heads of `x` for each key head."""
-    rows, groups = form.slots
-    x = _cut(x, (spot.b, index * block, spot.g * repeats, 0), (rows, block, groups * repeats, x.shape[3]))
-    return jnp.transpose(x, (0, 2, 1, 3)).reshape(rows, groups, repeats, block, -1)
-
-
-def _put(whole: Array, tile: Array, spot: _Spot, index: Array) -> Array:
-    """The inverse of `_tile`: writes [b, g, R, l, K] into [B, L, H, K]."""
-    rows, groups, repeats, block, width = tile.shape
-    tile = jnp.transpose(tile.reshape(rows, groups * repeats, block, width), (0, 2, 1, 3)).astype(whole.dtype)
-    start = (spot.b, index * block, spot.g * repeats, 0)
-    return jax.lax.dynamic_update_slice(whole, tile, tuple(jnp.asarray(s, jnp.int32) for s in start))
-
-
 def _product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
@@ -215,44 +82,42 @@ def _masked(s: Array, allowed: Array | None) -> Array:
     return s if allowed is None else jnp.where(jnp.broadcast_to(allowed, s.shape), s, FAR_BELOW)
 
 
-def forward(form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
-    """Output [B, L, H, K] in the dtype of `q`, and the log of the softmax's denominator [B, G, R, L] in float32.
+def _expand(side: Side, axis: int) -> Side:
+    return Side(*(None if x is None else jnp.expand_dims(x, axis) for x in side))
+
+
+def forward(
+    form: Form, q: Array, k: Array, v: Array, mask: AttentionMask, dtype: jnp.dtype | None = None
+) -> tuple[Array, Array]:
+    """Output [B, L, H, K] in `dtype` (null: that of `q`), and the log of the denominator [B, G, R, L] in float32.
 
     Rows without any key have output 0 and log denominator 0, which makes their probabilities 0 in the backward pass.
     """
-    x = _Operands.of(form, q, k, v, mask)
-    (batch, length, heads, _), groups = x.q.shape, k.shape[2]
-    tiles, repeats = length // form.blocks[0], heads // groups
+    x = Operands.of(form, q, k, v, mask)
 
     def row_of_tiles(index: Array, out: tuple[Array, Array]) -> tuple[Array, Array]:
-        spot, i = x.spot(form, index // tiles), index % tiles
-        start, stop = masks.bounds(x.needed_at(form, spot))
-        q_tile, queries = _tile(x.q, form, spot, i, form.blocks[0], repeats), x.queries(form, spot, i)
-        top, total, o = _softmax_over(form, x, spot, q_tile, queries, (start[i], stop[i]))
+        spot, i, span = x.row_of_tiles(index)
+        top, total, o = _softmax_over(x, spot, i, span)
         empty = total == 0.0
         total = jnp.where(empty, 1.0, total)
         lse = jnp.where(empty, 0.0, top + jnp.log(total))
         at = tuple(jnp.asarray(s, jnp.int32) for s in (spot.b, spot.g, 0, i * form.blocks[0]))
-        return _put(out[0], o / total[..., None], spot, i), jax.lax.dynamic_update_slice(out[1], lse, at)
+        return x.put_queries(out[0], o / total[..., None], spot, i), jax.lax.dynamic_update_slice(out[1], lse, at)
 
-    lse = jnp.zeros((batch, groups, repeats, length), jnp.float32)
-    out = (jnp.zeros(x.q.shape, q.dtype), lse)
-    o, lse = jax.lax.fori_loop(0, x.spots(form) * tiles, row_of_tiles, out)
-    return o[:, : q.shape[1]], lse[..., : q.shape[1]]
+    lse = jnp.zeros((q.shape[0], k.shape[2], x.repeats, q.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, x.rows_of_tiles, row_of_tiles, (jnp.zeros(q.shape, dtype or q.dtype), lse))
 
 
-def _softmax_over(
-    form: Form, x: _Operands, spot: _Spot, q_tile: Array, queries: Side, span: tuple[Array, Array]
-) -> tuple[Array, Array, Array]:
+def _softmax_over(x: Operands, spot: Spot, i: Array, span: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Largest score, denominator and unnormalised output of a tile of queries over the keys of `span`."""
+    q_tile = x.queries(x.q, spot, i)
+    queries = _expand(x.query_side(spot, i)._replace(fresh=None), 2)
 
     def visit(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, o = carry
-        k_tile = _tile(x.k, form, spot, j, form.blocks[1], 1)[:, :, 0]
-        v_tile = _tile(x.v, form, spot, j, form.blocks[1], 1)[:, :, 0]
-        s, factor = _capped(form, _product("bgrlk,bgsk->bgrls", q_tile, k_tile))
-        keys = x.keys(form, spot, j)
-        allowed = masks.allowed(x.mask, _expand(queries, 2), _expand(keys, 1), x.n_keys)
+        v_tile = x.keys(x.v, spot, j)
+        s, factor = _capped(x.form, _scores(x, q_tile, spot, j))
+        allowed = masks.allowed(x.mask, queries, _expand(x.key_side(spot, j), 1))
         s = _masked(s, None if allowed is None else allowed[:, None, None])
         new_top = jnp.maximum(top, factor * jnp.max(s, axis=-1))
         p = jnp.exp(factor * s - new_top[..., None])
@@ -261,19 +126,24 @@ def _softmax_over(
         return new_top, total * shrink + jnp.sum(p, axis=-1), o
 
     shape = q_tile.shape[:-1]
-    # The first maximum lies far above a masked score, so that rows with nothing but masked scores get p = exp(-inf) = 0.
-    first = (jnp.full(shape, FAR_BELOW * form.scale / 10), jnp.zeros(shape), jnp.zeros(q_tile.shape, jnp.float32))
+    # The first maximum lies far above a masked score, so that rows of nothing but masked scores get p = exp(-inf) = 0.
+    least = FAR_BELOW * min(1.0, x.form.scale) / 10
+    first = (jnp.full(shape, least), jnp.zeros(shape), jnp.zeros(q_tile.shape, jnp.float32))
     return jax.lax.fori_loop(*span, visit, first)
 
 
-def _expand(side: Side, axis: int) -> Side:
-    return Side(*(None if x is None else jnp.expand_dims(x, axis) for x in side))
+def _scores(x: Operands, q_tile: Array, spot: Spot, j: Array) -> Array:
+    """Bare scores of a tile, [b, g, R, l, s]."""
+    if q_tile.shape[3] > DECODE[0]:
+        return _product("bgrlk,bgks->bgrls", q_tile, x.keys_T(spot, j))
+    # Few queries: transposing the keys would cost more than the product, which for a single query is a fourth of it.
+    return jnp.moveaxis(_product("bgsk,bgrlk->bgsrl", x.keys(x.k, spot, j), q_tile), 2, -1)
 
 
 def backward(
     form: Form, inputs: tuple[Array, Array, Array, AttentionMask], do: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v in float32.
+    """Gradients of q (in its dtype), k and v (float32).
 
     Args:
       form: static settings.
@@ -282,52 +152,39 @@ def backward(
       lse: log of the softmax's denominator, [B, G, R, L].
       delta: see `delta_of`.
     """
-    q, k, v, mask = inputs
-    x = _Operands.of(form, q, k, v, mask)
-    block_q, block_k = form.blocks
-    do = masks.pad_to(do.astype(q.dtype), block_q)
-    rest = [(0, 0)] * 3 + [(0, x.q.shape[1] - q.shape[1])]
-    rows = tuple(jnp.pad(y, rest) for y in (lse, delta))
-    tiles = x.k.shape[1] // block_k
+    x = Operands.of(form, *inputs)
+    do = do.astype(x.q.dtype)
 
-    def column_of_tiles(index: Array, out: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        spot, j = x.spot(form, index // tiles), index % tiles
-        start, stop = masks.bounds(x.needed_at(form, spot).T)
-        dq, dk, dv = _gradients_over(form, (x, do, *rows), spot, j, (start[j], stop[j]), out[0])
-        return dq, _put(out[1], dk[:, :, None] * form.scale, spot, j), _put(out[2], dv[:, :, None], spot, j)
+    def row_of_tiles(index: Array, out: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        spot, i, span = x.row_of_tiles(index)
+        dq, dk, dv = _gradients_over(x, (do, lse, delta), (spot, i), span, out[1:])
+        return x.add_to_queries(out[0], jnp.transpose(dq, (0, 1, 3, 4, 2)) * form.scale, spot, i), dk, dv
 
-    zeros = tuple(jnp.zeros(y.shape, jnp.float32) for y in (x.q, x.k, x.v))
-    dq, dk, dv = jax.lax.fori_loop(0, x.spots(form) * tiles, column_of_tiles, zeros)
-    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
+    zeros = (jnp.zeros(x.q.shape, x.q.dtype), *(jnp.zeros(y.shape, jnp.float32) for y in (x.k, x.v)))
+    return jax.lax.fori_loop(0, x.rows_of_tiles, row_of_tiles, zeros)
 
 
-def _gradients_over(form: Form, operands, spot: _Spot, j: Array, span: tuple[Array, Array], dq: Array):
-    """Gradients of a tile of keys and values from the queries of `span`, whose own are added to `dq`."""
-    x, do, lse, delta = operands
-    (rows, groups), (block_q, block_k) = form.slots, form.blocks
-    repeats = x.q.shape[2] // x.k.shape[2]
-    k_tile = _tile(x.k, form, spot, j, block_k, 1)[:, :, 0]
-    v_tile = _tile(x.v, form, spot, j, block_k, 1)[:, :, 0]
-    keys = _expand(x.keys(form, spot, j), 2)
+def _gradients_over(x: Operands, rows, at: tuple[Spot, Array], span: tuple[Array, Array], out: tuple[Array, Array]):
+    """Gradient of a tile of queries over the keys of `span`, transposed; adds the keys' and values' own to `out`."""
+    (do, lse, delta), (spot, i), form = rows, at, x.form
+    q_tile, do_tile = x.queries(x.q, spot, i), x.queries(do, spot, i)
+    q_T, do_T = (jnp.transpose(y, (0, 1, 4, 2, 3)) for y in (q_tile, do_tile))
+    start, sizes = (spot.b, spot.g, 0, i * form.blocks[0]), (*form.slots, x.repeats, form.blocks[0])
+    lse_tile, delta_tile = (cut(y, start, sizes)[:, :, None] for y in (lse, delta))
+    queries = _expand(x.query_side(spot, i), 1)
 
-    def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def visit(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dq, dk, dv = carry
-        q_tile, do_tile = (_tile(y, form, spot, i, block_q, repeats) for y in (x.q, do))
-        at, sizes = (spot.b, spot.g, 0, i * block_q), (rows, groups, repeats, block_q)
-        s, factor = _capped(form, _product("bgsk,bgrlk->bgsrl", k_tile, q_tile))
-        allowed = masks.allowed(x.mask, _expand(x.queries(form, spot, i), 1), keys, x.n_keys)
+        s, factor = _capped(form, _product("bgsk,bgkrl->bgsrl", x.keys(x.k, spot, j), q_T))
+        allowed = masks.allowed(x.mask, queries, _expand(x.key_side(spot, j), 2))
         masked = _masked(s, None if allowed is None else allowed[:, None, :, None])
-        p = jnp.exp(factor * masked - _cut(lse, at, sizes)[:, :, None])
-        dv += _product("bgsrl,bgrlk->bgsk", p.astype(do_tile.dtype), do_tile)
-        dp = _product("bgsk,bgrlk->bgsrl", v_tile, do_tile)
-        ds = p * (dp - _cut(delta, at, sizes)[:, :, None])
+        p = jnp.exp(factor * masked - lse_tile)
+        dv = x.add_to_keys(dv, _product("bgsrl,bgrlk->bgsk", p.astype(do_tile.dtype), do_tile), spot, j)
+        ds = p * (_product("bgsk,bgkrl->bgsrl", x.keys(x.v, spot, j), do_T) - delta_tile)
         if form.softcap is not None:
             ds *= 1.0 - jnp.square(s / form.softcap)
         ds = ds.astype(q_tile.dtype)
-        dk += _product("bgsrl,bgrlk->bgsk", ds, q_tile)
-        dq_tile = _product("bgsk,bgsrl->bgkrl", k_tile, ds)
-        dq_tile = jnp.transpose(dq_tile, (0, 1, 3, 4, 2)) * form.scale
-        return _put(dq, _tile(dq, form, spot, i, block_q, repeats) + dq_tile, spot, i), dk, dv
+        dk = x.add_to_keys(dk, _product("bgsrl,bgrlk->bgsk", ds, q_tile) * form.scale, spot, j)
+        return dq + _product("bgks,bgsrl->bgkrl", x.keys_T(spot, j), ds), dk, dv
 
-    zeros = jnp.zeros(k_tile.shape, jnp.float32)
-    return jax.lax.fori_loop(*span, visit, (dq, zeros, zeros))
+    return jax.lax.fori_loop(*span, visit, (jnp.zeros(q_T.shape, jnp.float32), *out))

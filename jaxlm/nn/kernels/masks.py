@@ -63,20 +63,17 @@ class Side(NamedTuple):
     Attributes:
       position: int32 array positions, rank 3.
       ids: int32 segment ids, rank 3, or null.
+      fresh: bool, rank 3, or null: false where a tile repeats what the tile before it had.
     """
 
     position: Array
-    ids: Array | None
+    ids: Array | None = None
+    fresh: Array | None = None
 
 
-def allowed(mask: AttentionMask, i: Side, j: Side, n_keys: int | None = None) -> Array | None:
-    """Whether each query `i` may see each key `j`: bool, as broad as both; null if all may see all.
-
-    `n_keys` is given where the keys are padded: those from there on are not to be seen.
-    """
-    conditions = []
-    if n_keys is not None:
-        conditions.append(j.position < n_keys)
+def allowed(mask: AttentionMask, i: Side, j: Side) -> Array | None:
+    """Whether each query `i` may see each key `j`: bool, as broad as both; null if all may see all."""
+    conditions = [side.fresh for side in (i, j) if side.fresh is not None]
     if mask.causal:
         conditions.append(j.position <= i.position)
     if mask.window is not None:
@@ -106,7 +103,7 @@ def needed_BxIxJ(mask: AttentionMask, shape: tuple[int, int, int], blocks: tuple
     Args:
       mask: complete, see `complete`.
       shape: B, L, S.
-      blocks: sides of a tile; the last tiles may be shorter.
+      blocks: sides of a tile, at most L and S; the last tiles end with the axis and may overlap those before.
     """
     batch, n_queries, n_keys = shape
     first_I, last_I = _ends(n_queries, blocks[0])
@@ -129,24 +126,18 @@ def needed_BxIxJ(mask: AttentionMask, shape: tuple[int, int, int], blocks: tuple
 
 
 def _ends(length: int, block: int) -> tuple[Array, Array]:
-    """First and last position of each block."""
-    first = jnp.arange(0, length, block, dtype=jnp.int32)
-    return first, jnp.minimum(first + block, length) - 1
+    """First and last position of each block; the last block ends with the axis."""
+    first = jnp.minimum(jnp.arange(0, length, block, dtype=jnp.int32), length - block)
+    return first, first + block - 1
 
 
 def _id_range(ids_BxL: Array, block: int) -> tuple[Array, Array]:
     """Smallest and largest id of each block, padding aside; an empty range where all is padding. [B, blocks] each."""
-    ids = pad_to(ids_BxL, block)
-    ids = ids.reshape(ids.shape[0], -1, block)
+    first, _ = _ends(ids_BxL.shape[1], block)
+    ids = ids_BxL[:, first[:, None] + jnp.arange(block, dtype=jnp.int32)[None, :]]
     low = jnp.min(jnp.where(ids == 0, jnp.iinfo(jnp.int32).max, ids), axis=-1)
     high = jnp.max(jnp.where(ids == 0, jnp.iinfo(jnp.int32).min, ids), axis=-1)
     return low, high
-
-
-def pad_to(x: Array, block: int) -> Array:
-    """Zeros at the end of axis 1, up to a multiple of `block`."""
-    rest = -x.shape[1] % block
-    return jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2)) if rest else x
 
 
 def bounds(needed: Array) -> tuple[Array, Array]:
