@@ -311,7 +311,9 @@ def test_without_lm_eval_the_extra_is_named(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "pip install 'jaxlm[eval]'" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    assert main([*arguments, str(tmp_path / "questions.jsonl"), "--limit", "2"]) == 0
+    assert main([*arguments, str(tmp_path / "questions.jsonl"), "--limit", "1"]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["questions"]
+    assert found["acc_stderr,none"] == "N/A" and "stderr" not in capsys.readouterr().out
 
 
 REFUSED = {

@@ -71,16 +71,16 @@ def describe(outcome: Outcome) -> str:
     return "\n".join(f"{task:{left}}   {metric:{middle}}   {value:.4f}" for task, metric, value in rows)
 
 
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and its standard error with Bessel's correction, as in lm-eval; NaN with one value."""
+def mean_and_error(values: Iterable[float]) -> tuple[float, float | str]:
+    """Mean, and its standard error with Bessel's correction, as in lm-eval; "N/A" with one value."""
     x = np.array(list(values), np.float64)
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else "N/A"
 
 
 def _values(metrics: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
     for key, value in metrics.items():
         name, comma, filter_ = key.partition(",")
-        if comma and isinstance(value, int | float) and not (name.endswith("_stderr") and math.isnan(value)):
+        if comma and isinstance(value, int | float):
             yield name, filter_, float(value)
 
 
