@@ -16,7 +16,6 @@ from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place
 from jaxlm.interop.load import load_config
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim.effective import Row, effective
 from jaxlm.training import setup, throughput
 from jaxlm.training.memory import GB, Load, Memory, activation_bytes, device_bytes, logits_bytes
@@ -78,7 +77,7 @@ def make_plan(config: "RunConfig", compiled: bool = True) -> Plan:
         memory=memory(config, program, frozen),
         compiled=_compiled_bytes(config, program, frozen) if compiled else None,
         rows=effective(config.optimizer, program.cfg, trained, program.plan, frozen or None),
-        attention=_attention(config, program),
+        attention=setup.attention_backend(config, program.cfg, program.compute),
     )
 
 
@@ -195,14 +194,3 @@ def _compiled_bytes(config: "RunConfig", program: Program, frozen: Variables) ->
         return None
     held = account.argument_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
     return int(held + account.temp_size_in_bytes)
-
-
-def _attention(config: "RunConfig", program: Program) -> str:
-    """The attention backend that the step's shapes get."""
-    cfg, length = program.cfg, config.data.sequence_length
-    q: Any = jax.ShapeDtypeStruct((1, length, cfg.H, cfg.K), program.compute.dtype)
-    k: Any = jax.ShapeDtypeStruct((1, length, cfg.G, cfg.K), program.compute.dtype)
-    window = cfg.window if any(cfg.layer_type(i) == "sliding" for i in range(cfg.N)) else None
-    ids: Any = jax.ShapeDtypeStruct((1, length), "int32")
-    mask = AttentionMask(window=window, segments_BxL=ids, segments_BxS=ids)
-    return choose(q, k, mask=mask, softcap=cfg.attention_softcap, backend=program.compute.attention)

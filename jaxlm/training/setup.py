@@ -26,6 +26,7 @@ from jaxlm.interop.load import load, load_config
 from jaxlm.nn import transformer
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
 from jaxlm.params import mup
 from jaxlm.training.step import Recipe, State, init_state
@@ -139,6 +140,7 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
         plan = mup.plan_tree(trained, cfg, base, config.mup, config.optimizer.name)
         cfg = mup.apply_to(cfg, plan)
     compute = make_compute(config, cfg, mesh)
+    attention_backend(config, cfg, compute)
     recipe = Recipe(
         objective=objectives.make(config.objective),
         apply=make_apply(cfg, compute),
@@ -204,6 +206,23 @@ def make_compute(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Compute:
         constrain=place.constrain(mesh),
         mesh=mesh,
     )
+
+
+def attention_backend(config: "RunConfig", cfg: ModelConfig, compute: Compute) -> str:
+    """The attention backend that the training step's shapes get.
+
+    Raises:
+      ValueError: `train.attention` names one that cannot do what the model asks.
+    """
+    length = config.data.sequence_length
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, cfg.K), compute.dtype) for heads in (cfg.H, cfg.G))
+    ids = jax.ShapeDtypeStruct((1, length), "int32")
+    window = cfg.window if any(cfg.layer_type(i) == "sliding" for i in range(cfg.N)) else None
+    mask = AttentionMask(window=window, segments_BxL=ids, segments_BxS=ids)
+    try:
+        return choose(q, k, mask=mask, softcap=cfg.attention_softcap, backend=compute.attention)
+    except ValueError as error:
+        raise ValueError(f"train.attention: {error}") from None
 
 
 def make_apply(cfg: ModelConfig, compute: Compute) -> Apply:
