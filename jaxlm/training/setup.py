@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import msgspec
@@ -30,7 +30,7 @@ from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
 from jaxlm.params import mup
 from jaxlm.training.step import Recipe, State, init_state
-from jaxlm.types import Apply, Batch, Output, Variables
+from jaxlm.types import Apply, Array, Batch, Output, Variables
 
 if TYPE_CHECKING:
     from jaxlm.config import RunConfig
@@ -215,8 +215,8 @@ def attention_backend(config: "RunConfig", cfg: ModelConfig, compute: Compute) -
       ValueError: `train.attention` names one that cannot do what the model asks.
     """
     length = config.data.sequence_length
-    q, k = (jax.ShapeDtypeStruct((1, length, heads, cfg.K), compute.dtype) for heads in (cfg.H, cfg.G))
-    ids = jax.ShapeDtypeStruct((1, length), "int32")
+    q, k = (cast(Array, jax.ShapeDtypeStruct((1, length, heads, cfg.K), compute.dtype)) for heads in (cfg.H, cfg.G))
+    ids: Any = jax.ShapeDtypeStruct((1, length), "int32")
     window = cfg.window if any(cfg.layer_type(i) == "sliding" for i in range(cfg.N)) else None
     mask = AttentionMask(window=window, segments_BxL=ids, segments_BxS=ids)
     try:
