@@ -14,6 +14,7 @@ from jaxlm.decode.streaming import Text
 from jaxlm.decode.together import sample_on
 from jaxlm.dist import multihost, place
 from jaxlm.interop.save import save
+from jaxlm.training import plan
 from jaxlm.training.report import write_report
 from jaxlm.training.samples import Sample
 from jaxlm.training.setup import Setup
@@ -27,9 +28,11 @@ SAMPLE_TOKENS = 48
 
 
 def write_files(setup: Setup, directory: Path) -> None:
-    """The resolved configuration and the tokenizer, at the start of every sitting."""
+    """The resolved configuration, what every leaf is given, and the tokenizer, at the start of every sitting."""
     if multihost.is_main():
         write_whole(directory / "config.yaml", setup.config.yaml())
+        known = plan.of_program(setup.config, setup.program, setup.frozen)
+        write_whole(directory / "plan.txt", plan.text(known) + "\n")
         write_whole(directory / "tokenizer.json", setup.data.tokenizer.json)
 
 

@@ -65,7 +65,16 @@ def make_plan(config: "RunConfig", compiled: bool = True) -> Plan:
       ValueError: as `setup.assemble`.
     """
     program = setup.assemble(config, _architecture(config), meshes.make(config.mesh, _devices(config)))
-    frozen: Variables = {}
+    return of_program(config, program, {}, compiled)
+
+
+def of_program(config: "RunConfig", program: Program, frozen: Variables, compiled: bool = False) -> Plan:
+    """The plan of a program that is put together already.
+
+    Args:
+      config, program, frozen: the run, what it compiles to, and its trees that are not trained.
+      compiled: as in `make_plan`.
+    """
     trained = program.abstract.params
     count = tree.count(trained)
     length = config.data.sequence_length
