@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxlm.nn.kernels import masks
 from jaxlm.nn.kernels.masks import AttentionMask, Side
 from jaxlm.nn.kernels.reference import FAR_BELOW
-from jaxlm.nn.kernels.tiles import DECODE, Form, Operands, Spot, cut, form_of
+from jaxlm.nn.kernels.tiles import DECODE, Form, Operands, Spot, cut, form_of, restored, stored
 from jaxlm.types import Array
 
 
@@ -86,10 +86,8 @@ def _expand(side: Side, axis: int) -> Side:
     return Side(*(None if x is None else jnp.expand_dims(x, axis) for x in side))
 
 
-def forward(
-    form: Form, q: Array, k: Array, v: Array, mask: AttentionMask, dtype: jnp.dtype | None = None
-) -> tuple[Array, Array]:
-    """Output [B, L, H, K] in `dtype` (null: that of `q`), and the log of the denominator [B, G, R, L] in float32.
+def forward(form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
+    """Output [B, L, H, K] in the dtype of `q`, and the log of the denominator [B, G, R, L] in float32.
 
     Rows without any key have output 0 and log denominator 0, which makes their probabilities 0 in the backward pass.
     """
@@ -105,7 +103,8 @@ def forward(
         return x.put_queries(out[0], o / total[..., None], spot, i), jax.lax.dynamic_update_slice(out[1], lse, at)
 
     lse = jnp.zeros((q.shape[0], k.shape[2], x.repeats, q.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, x.rows_of_tiles, row_of_tiles, (jnp.zeros(q.shape, dtype or q.dtype), lse))
+    o, lse = jax.lax.fori_loop(0, x.rows_of_tiles, row_of_tiles, (stored(jnp.zeros_like(q)), lse))
+    return restored(o, q.dtype), lse
 
 
 def _softmax_over(x: Operands, spot: Spot, i: Array, span: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -153,15 +152,16 @@ def backward(
       delta: see `delta_of`.
     """
     x = Operands.of(form, *inputs)
-    do = do.astype(x.q.dtype)
+    do = stored(do.astype(x.dtype))
 
     def row_of_tiles(index: Array, out: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         spot, i, span = x.row_of_tiles(index)
         dq, dk, dv = _gradients_over(x, (do, lse, delta), (spot, i), span, out[1:])
         return x.add_to_queries(out[0], jnp.transpose(dq, (0, 1, 3, 4, 2)) * form.scale, spot, i), dk, dv
 
-    zeros = (jnp.zeros(x.q.shape, x.q.dtype), *(jnp.zeros(y.shape, jnp.float32) for y in (x.k, x.v)))
-    return jax.lax.fori_loop(0, x.rows_of_tiles, row_of_tiles, zeros)
+    zeros = (jnp.zeros_like(x.q), *(jnp.zeros(y.shape, jnp.float32) for y in (x.k, x.v)))
+    dq, dk, dv = jax.lax.fori_loop(0, x.rows_of_tiles, row_of_tiles, zeros)
+    return restored(dq, x.dtype), dk, dv
 
 
 def _gradients_over(x: Operands, rows, at: tuple[Spot, Array], span: tuple[Array, Array], out: tuple[Array, Array]):

@@ -94,8 +94,9 @@ class Operands(NamedTuple):
 
     Attributes:
       form: static settings.
-      q: [B, L, H, K]. k, v: [B, S, G, K].
-      k_T: [B, G, K, S], transposed once rather than in each visit; null if each tile is visited once.
+      q: [B, L, H, K]. k, v: [B, S, G, K]; as `stored`.
+      k_T: [B, G, K, S], as `stored`, transposed once rather than in each visit; null if each tile is visited once.
+      dtype: of `q`, and of every tile.
       mask: complete, with offsets [B].
       needed: bool [B, I, J], see `masks.needed_BxIxJ`.
     """
@@ -107,14 +108,17 @@ class Operands(NamedTuple):
     k_T: Array | None
     mask: AttentionMask
     needed: Array
+    dtype: jnp.dtype
 
     @classmethod
     def of(cls, form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> "Operands":
         needed = masks.needed_BxIxJ(mask, (q.shape[0], q.shape[1], k.shape[1]), form.blocks)
         offset = masks.offset_B(mask, q.shape[0])
         mask = AttentionMask(mask.causal, mask.window, mask.segments_BxL, mask.segments_BxS, offset)
+        dtype = q.dtype
+        q, k, v = (stored(x.astype(dtype)) for x in (q, k, v))
         k_T = jnp.transpose(k, (0, 2, 3, 1)) if needed.shape[1] > 1 else None
-        return cls(form, q, k, v, k_T, mask, needed)
+        return cls(form, q, k, v, k_T, mask, needed, dtype)
 
     @property
     def repeats(self) -> int:
@@ -140,31 +144,35 @@ class Operands(NamedTuple):
 
     def queries(self, x: Array, spot: Spot, i: Array) -> Array:
         """A tile of [B, L, H, K], as [b, g, R, l, K]."""
-        return _tile(x, self.form, spot, (i, self.form.blocks[0]), self.repeats)
+        return restored(_tile(x, self.form, spot, (i, self.form.blocks[0]), self.repeats), self.dtype)
 
     def keys(self, x: Array, spot: Spot, j: Array) -> Array:
         """A tile of [B, S, G, K], as [b, g, s, K]."""
-        return _tile(x, self.form, spot, (j, self.form.blocks[1]), 1)[:, :, 0]
+        return restored(_tile(x, self.form, spot, (j, self.form.blocks[1]), 1)[:, :, 0], self.dtype)
 
     def keys_T(self, spot: Spot, j: Array) -> Array:
         """A tile of keys, transposed: [b, g, K, s]."""
         if self.k_T is None:
             return jnp.swapaxes(self.keys(self.k, spot, j), 2, 3)
         block = self.form.blocks[1]
-        return cut(self.k_T, (spot.b, spot.g, 0, j * block), (*self.form.slots, self.k.shape[3], block))
-
-    def add_to_queries(self, whole: Array, tile: Array, spot: Spot, i: Array) -> Array:
-        """Adds [b, g, R, l, K] to its place in [B, L, H, K]."""
-        old = self.queries(whole, spot, i)
-        return self.put_queries(whole, old + tile.astype(whole.dtype), spot, i)
+        tile = cut(self.k_T, (spot.b, spot.g, 0, j * block), (*self.form.slots, self.k.shape[3], block))
+        return restored(tile, self.dtype)
 
     def put_queries(self, whole: Array, tile: Array, spot: Spot, i: Array) -> Array:
         """The inverse of `queries`."""
-        return _put(whole, tile, spot, i * self.form.blocks[0])
+        return _put(whole, stored(tile.astype(self.dtype)), spot, i * self.form.blocks[0])
+
+    def add_to_queries(self, whole: Array, tile: Array, spot: Spot, i: Array) -> Array:
+        """As `put_queries`, where a tile that has 0 in the rows that it repeats leaves them as they are."""
+        if self.q.shape[1] % self.form.blocks[0]:
+            tile = tile + self.queries(whole, spot, i)
+        return self.put_queries(whole, tile, spot, i)
 
     def add_to_keys(self, whole: Array, tile: Array, spot: Spot, j: Array) -> Array:
-        """Adds [b, g, s, K] to its place in [B, S, G, K]."""
-        return _put(whole, (self.keys(whole, spot, j) + tile)[:, :, None], spot, j * self.form.blocks[1])
+        """Adds [b, g, s, K] to its place in [B, S, G, K], float32."""
+        block = self.form.blocks[1]
+        old = _tile(whole, self.form, spot, (j, block), 1)
+        return _put(whole, old + tile[:, :, None], spot, j * block)
 
     def query_side(self, spot: Spot, i: Array) -> Side:
         """What the mask needs of a tile of queries; rank 2, [b, l]."""
@@ -176,6 +184,21 @@ class Operands(NamedTuple):
     def key_side(self, spot: Spot, j: Array) -> Side:
         """What the mask needs of a tile of keys; rank 2, [b, s]."""
         return _side(self.mask.segments_BxS, (spot, self.form.slots[0]), (j, self.form.blocks[1]), self.k.shape[1])
+
+
+def stored(x: Array) -> Array:
+    """How arrays are kept between visits: on CPU, 16-bit floats as their bits.
+
+    XLA's CPU compiler computes slices and updates of 16-bit floats in float32, and converts the whole array for it.
+    """
+    if jax.default_backend() == "cpu" and x.dtype.itemsize == 2:
+        return jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return x
+
+
+def restored(x: Array, dtype: jnp.dtype) -> Array:
+    """The inverse of `stored`."""
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 def _divide(index: Array, by: int) -> tuple[Array, Array]:
@@ -196,7 +219,7 @@ def _tile(x: Array, form: Form, spot: Spot, at: tuple[Array, int], repeats: int)
 
 def _put(whole: Array, tile: Array, spot: Spot, start: Array) -> Array:
     rows, groups, repeats, block, width = tile.shape
-    tile = jnp.transpose(tile.reshape(rows, groups * repeats, block, width), (0, 2, 1, 3)).astype(whole.dtype)
+    tile = jnp.transpose(tile.reshape(rows, groups * repeats, block, width), (0, 2, 1, 3))
     at = tuple(jnp.asarray(s, jnp.int32) for s in (spot.b, start, spot.g * repeats, 0))
     return jax.lax.dynamic_update_slice(whole, tile, at)
 
