@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
+from jaxlm.dist.collectives import collectives
 from jaxlm.dist.mesh import MeshConfig
 
 
@@ -47,6 +49,17 @@ def test_what_cannot_be_spread_is_named():
 
 def test_one_process_reads_every_row():
     np.testing.assert_array_equal(place.host_rows(meshes.make(MeshConfig(fsdp=2, tensor=2)), 12), np.arange(12))
+
+
+def test_microbatches_cover_the_rows_and_move_nothing():
+    mesh = meshes.make(MeshConfig(data=4, context=2))
+    placed = place.place_batch(batch(rows=16), mesh)["tokens"]
+    split = jax.jit(lambda x: place.microbatches({"x": x}, 2)["x"])
+    parts = split(placed)
+    assert parts.shape == (2, 8, 6)
+    assert sorted(np.asarray(parts).reshape(-1)) == list(range(96))
+    assert collectives(split.lower(placed).compile().as_text()) == []
+    assert parts.sharding.spec == P(None, "data", "context")
 
 
 def test_constrain_cuts_rows_and_positions_only():

@@ -74,6 +74,14 @@ def _cut(column: np.ndarray, mine: np.ndarray, index: tuple[slice, ...]) -> np.n
     return column[(slice(first, last), *index[1:])]
 
 
+def microbatches(batch: Batch, count: int) -> Batch:
+    """Batches of `count` equal parts on a new leading axis: {name: [B, ...]} -> {name: [count, B / count, ...]}.
+
+    Part i takes every count-th row, so that a device's own rows are cut and none moves to another device.
+    """
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def constrain(mesh: Mesh) -> Callable[[Array], Array]:
     """The constraint for activations [B, L, D] between blocks: rows and positions cut as in the batch, D whole.
 
