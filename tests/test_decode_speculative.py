@@ -9,7 +9,7 @@ import pytest
 import jaxlm
 from jaxlm.decode import loop, sampling
 from jaxlm.decode.sampling import Choice
-from jaxlm.decode.speculative import Draft, speculate
+from jaxlm.decode.speculative import Draft, Lookup, speculate
 from jaxlm.nn.config import ModelConfig
 
 CFG = ModelConfig(d_model=16, n_layers=2, n_heads=2, vocab_size=13, d_ff=16)
@@ -23,7 +23,7 @@ def variables(cfg: ModelConfig, seed: int):
 
 
 MODEL, OTHER = variables(CFG, 0), variables(SMALL, 1)
-DRAFTS = {"itself": Draft(CFG, MODEL), "another": Draft(SMALL, OTHER), "repetitions": None}
+DRAFTS = {"itself": Draft(CFG, MODEL, 3), "another": Draft(SMALL, OTHER, 3), "repetitions": Lookup(3)}
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -31,7 +31,7 @@ DRAFTS = {"itself": Draft(CFG, MODEL), "another": Draft(SMALL, OTHER), "repetiti
 def test_greedy_is_greedy(name, choice):
     for prompt in (PROMPT, [7]):
         want = jaxlm.generate(CFG, MODEL, [prompt], max_new_tokens=30, repetition_penalty=choice.repetition_penalty)[0]
-        found = speculate(CFG, MODEL, prompt, 30, choice, DRAFTS[name], ahead=3)
+        found = speculate(CFG, MODEL, prompt, 30, choice, DRAFTS[name])
         assert found.ids == want
         assert found.accepted <= found.proposed
         if name == "itself":
@@ -42,7 +42,7 @@ def test_greedy_is_greedy(name, choice):
 def test_it_ends_at_the_end_token():
     plain = jaxlm.generate(CFG, MODEL, [PROMPT], max_new_tokens=30)[0]
     cfg = dataclasses.replace(CFG, eos_token_id=plain[6])
-    found = speculate(cfg, MODEL, PROMPT, 30, draft=DRAFTS["itself"], ahead=3)
+    found = speculate(cfg, MODEL, PROMPT, 30, draft=DRAFTS["itself"])
     assert found.ids == plain[: plain.index(plain[6]) + 1]
 
 
@@ -52,7 +52,7 @@ def test_draws_keep_the_distribution(name):
     draws, choice = 300, Choice(temperature=2.0, top_p=0.95)
     counts = np.zeros((13, 13))
     for seed in range(draws):
-        ids = speculate(CFG, MODEL, PROMPT, 2, choice._replace(seed=seed), DRAFTS[name], ahead=3).ids
+        ids = speculate(CFG, MODEL, PROMPT, 2, choice._replace(seed=seed), DRAFTS[name]).ids
         counts[ids[0], ids[1]] += 1
 
     def distribution(text: list[int]) -> np.ndarray:
@@ -80,4 +80,4 @@ def test_a_draft_of_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="draft: a vocabulary of 14"):
         speculate(CFG, MODEL, PROMPT, 4, draft=Draft(cfg, OTHER))
     with pytest.raises(ValueError, match="ahead"):
-        speculate(CFG, MODEL, PROMPT, 4, ahead=0)
+        speculate(CFG, MODEL, PROMPT, 4, draft=Lookup(0))

@@ -67,9 +67,9 @@ def test_stops_that_cannot_be_are_refused():
 
 
 def test_stream_is_generate():
-    for stop in ((), ([7, 8],)):
+    for stop in ((), ((7, 8),)):
         want = jaxlm.generate(CFG, VARIABLES, [[4, 5]], max_new_tokens=21, temperature=0.9, seed=3, stop=stop)[0]
-        assert list(stream(CFG, VARIABLES, [4, 5], 21, Choice(0.9, seed=3), stop)) == want
+        assert list(stream(CFG, VARIABLES, [4, 5], 21, Choice(0.9, seed=3, stop=stop))) == want
 
 
 def test_terminal_writes_the_text_alone():

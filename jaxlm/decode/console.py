@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decode import loop
 from jaxlm.decode.sampling import Choice
-from jaxlm.decode.streaming import stream_text
+from jaxlm.decode.streaming import Text, stream_text
 from jaxlm.nn.config import ModelConfig
 from jaxlm.types import Variables
 
@@ -94,6 +94,5 @@ def _pieces(speaker: Speaker, ids: list[int], manner: Manner) -> Iterator[str]:
         if first is None:
             raise ValueError("--prompt: empty, and the model has no beginning-of-text token; give some text")
         ids = [first]
-    return stream_text(
-        cfg, speaker.variables, speaker.tokenizer, ids, manner.max_new_tokens, manner.choice, stop=manner.stop
-    )
+    text = Text(speaker.tokenizer, ids, manner.stop)
+    return stream_text(cfg, speaker.variables, ids, text, manner.max_new_tokens, manner.choice)

@@ -69,8 +69,8 @@ def generate(
     Raises:
       ValueError: a prompt or setting that cannot be, by name and position.
     """
-    choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    samples = sample(cfg, variables, prompts, max_new_tokens, choice, stop)
+    choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed, _stops(stop))
+    samples = sample(cfg, variables, prompts, max_new_tokens, choice)
     return [row[:n].tolist() for row, n in zip(samples.ids, samples.lengths, strict=True)]
 
 
@@ -80,18 +80,17 @@ def sample(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     choice: Choice | Sequence[Choice] = GREEDY,
-    stop: Stops = (),
 ) -> Samples:
     """`generate` with log-probabilities, and with settings for each row.
 
     Args:
-      cfg, variables, prompts, max_new_tokens, stop: as in `generate`.
+      cfg, variables, prompts, max_new_tokens: as in `generate`.
       choice: one for all rows, or one a row.
 
     Raises:
       ValueError: as `generate`.
     """
-    *_, samples = chunks(cfg, variables, prompts, max_new_tokens, choice, stop, size=None)
+    *_, samples = chunks(cfg, variables, prompts, max_new_tokens, choice, size=None)
     return samples
 
 
@@ -101,7 +100,6 @@ def chunks(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     choice: Choice | Sequence[Choice] = GREEDY,
-    stop: Stops = (),
     size: int | None = CHUNK,
 ) -> Iterator[Samples]:
     """`sample`, as it grows: all that there is after every `size` tokens; the last one is the whole."""
@@ -109,9 +107,11 @@ def chunks(
     choices = [choice] * len(ids) if isinstance(choice, Choice) else list(choice)
     if len(choices) != len(ids):
         raise ValueError(f"choice: {len(choices)} for {len(ids)} prompts; give one, or one for each")
-    ends, sequences = _ends(cfg, stop)
+    ends = [[*ends_of(cfg), *(s for s in c.stop if not isinstance(s, tuple))] for c in choices]
+    sequences = [[list(s) for s in c.stop if isinstance(s, tuple)] for c in choices]
     rows = batch.bucket(max(1, len(ids)))
-    settings = sampling.settings([*choices, *[GREEDY] * (rows - len(ids))], range(rows), [ends] * rows)
+    ends += [[]] * (rows - len(ids))
+    settings = sampling.settings([*choices, *[GREEDY] * (rows - len(ids))], range(rows), ends)
     if not ids or not max_new_tokens:
         none = np.zeros((len(ids), 0))
         yield Samples(none.astype(np.int32), np.zeros(len(ids), np.int32), none.astype(np.float32))
@@ -124,7 +124,7 @@ def chunks(
     first = padded.tokens.shape[1]
     end, last = first, first + max_new_tokens
     state = loop.grow(state, batch.cache_bucket(last - 1))
-    stride = size or (CHUNK if sequences else max_new_tokens)
+    stride = size or (CHUNK if any(sequences) else max_new_tokens)
     while True:
         # Whoever waits gets the first token at once.
         end = min(last, end + (stride if size is None or end > first else 1))
@@ -139,15 +139,17 @@ def chunks(
     yield samples
 
 
-def _read(state: loop.State, padded: batch.Prompts, end: int, sequences: list[list[int]]) -> tuple[Samples, np.ndarray]:
+def _read(
+    state: loop.State, padded: batch.Prompts, end: int, sequences: list[list[list[int]]]
+) -> tuple[Samples, np.ndarray]:
     """New tokens so far, cut after the first stop sequence, and the rows that have one."""
     width, count = padded.tokens.shape[1], padded.count
     tokens, log_probs, lengths = (np.asarray(x) for x in (state.tokens, state.log_probs, state.lengths))
     ids, log_probs = tokens[:count, width:end].copy(), log_probs[:count, width:end].copy()
     lengths = (lengths - padded.lengths)[:count].copy()
     found = np.zeros(len(padded.lengths), bool)
-    for row in range(count if sequences else 0):
-        cut = _cut(ids[row, : lengths[row]].tolist(), sequences)
+    for row in range(count):
+        cut = _cut(ids[row, : lengths[row]].tolist(), sequences[row])
         if cut is not None:
             lengths[row], found[row] = cut, True
     behind = np.arange(ids.shape[1])[None, :] >= lengths[:, None]
@@ -167,13 +169,13 @@ def ends_of(cfg: ModelConfig) -> list[int]:
     return [] if eos is None else list(eos) if isinstance(eos, tuple) else [eos]
 
 
-def _ends(cfg: ModelConfig, stop: Stops) -> tuple[list[int], list[list[int]]]:
-    """Tokens that end a row, and the sequences of several tokens that do."""
+def _stops(stop: Stops) -> tuple[int | tuple[int, ...], ...]:
+    """Single tokens as ints, sequences of several as tuples."""
     if isinstance(stop, str | int | np.integer):
         raise ValueError(f"stop: {stop!r} is no list; give token ids or sequences of token ids in a list")
     if any(isinstance(s, str) for s in stop):
         raise ValueError("stop: text cannot be compared with token ids; give the ids of the tokens to stop at")
-    sequences = [[int(s)] if isinstance(s, int | np.integer) else [int(i) for i in s] for s in stop]
-    if [] in sequences:
+    sequences = [(int(s),) if isinstance(s, int | np.integer) else tuple(int(i) for i in s) for s in stop]
+    if () in sequences:
         raise ValueError("stop: an empty sequence; give at least one token id")
-    return [*ends_of(cfg), *(s[0] for s in sequences if len(s) == 1)], [s for s in sequences if len(s) > 1]
+    return tuple(s[0] if len(s) == 1 else s for s in sequences)

@@ -40,7 +40,13 @@ class Settings(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Sampling of a row as the caller states it; see `Settings`. Equal seeds give equal ids."""
+    """How a row is to be continued, as the caller states it.
+
+    Attributes:
+      temperature, top_k, top_p, min_p, repetition_penalty: see `Settings`.
+      seed: equal seeds give equal ids.
+      stop: token ids and sequences (tuples) of token ids that end the row, which are included.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -48,6 +54,7 @@ class Choice(NamedTuple):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    stop: tuple[int | tuple[int, ...], ...] = ()
 
 
 _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -28,10 +28,17 @@ LONGEST_MATCH = 3
 
 
 class Draft(NamedTuple):
-    """A model with the same vocabulary that proposes."""
+    """A model of the same vocabulary that proposes `ahead` tokens a pass."""
 
     cfg: ModelConfig
     variables: Variables
+    ahead: int = 4
+
+
+class Lookup(NamedTuple):
+    """Proposes what followed the last tokens where they stood before, up to `ahead` tokens a pass."""
+
+    ahead: int = 4
 
 
 class Speculation(NamedTuple):
@@ -60,32 +67,30 @@ def speculate(
     prompt: Sequence[int],
     max_new_tokens: int = 64,
     choice: Choice = GREEDY,
-    draft: Draft | None = None,
-    *,
-    ahead: int = 4,
+    draft: Draft | Lookup = Lookup(),  # noqa: B008
 ) -> Speculation:
     """Continue one prompt; greedy ids in float32 are those of `generate`. Whether it is faster depends on the draft.
 
     Args:
       cfg, variables, prompt, max_new_tokens: as in `generate`.
       choice: how to sample; draws differ from those of `generate`, their distribution does not.
-      draft: who proposes; None looks the last tokens up in the text so far and proposes what followed them there.
-      ahead: proposals a pass.
+      draft: who proposes.
 
     Raises:
       ValueError: as `generate`; also if the draft has another vocabulary, or `ahead` is below 1.
     """
+    ahead = draft.ahead
     if ahead < 1:
         raise ValueError(f"ahead: {ahead} cannot be; propose at least 1 token a pass")
-    if draft is not None and draft.cfg.V != cfg.V:
+    if isinstance(draft, Draft) and draft.cfg.V != cfg.V:
         raise ValueError(f"draft: a vocabulary of {draft.cfg.V}, but the model's is {cfg.V}; use a draft of the same")
-    for model in (cfg, draft.cfg) if draft else (cfg,):
+    for model in (cfg, draft.cfg) if isinstance(draft, Draft) else (cfg,):
         ids = batch.check(model, [prompt], max_new_tokens)
     padded = batch.pad(ids)
     first = padded.tokens.shape[1]
     room = batch.cache_bucket(first + max_new_tokens + ahead)
     judge = _Reader(cfg, variables, padded, room)
-    proposer = None if draft is None else _Reader(draft.cfg, draft.variables, padded, room)
+    proposer = _Reader(draft.cfg, draft.variables, padded, room) if isinstance(draft, Draft) else None
     settings = sampling.settings([choice], [0], [ends_of(cfg)])
     text, seen = ids[0], judge.seen
     end, proposed, accepted, passes = len(text) + max_new_tokens, 0, 0, 0
@@ -134,8 +139,8 @@ class _Reader:
     ) -> tuple[list[int], Array]:
         # The last two tokens are read (again): after a pass whose proposals were all taken the last but one is new.
         newest = np.array([([0] * 2 + text)[-2:]], np.int32)
-        state = _Reading(self.cache, np.int32(len(text) - 2), np.int32(pad), seen)
-        found, probs, self.cache = _propose(self.cfg, self.compute, ahead, self.variables, newest, state, settings)
+        state = _Reading(self.cache, jnp.int32(len(text) - 2), jnp.int32(pad), seen)
+        found, probs, self.cache = _propose((self.cfg, self.compute), ahead, self.variables, newest, state, settings)
         return np.asarray(found).tolist(), probs
 
     def verify(
@@ -143,7 +148,7 @@ class _Reader:
     ) -> tuple[int, int, Array]:
         tokens, probs, wanted = given
         block = np.array([[text[-1], *tokens]], np.int32)
-        state = _Reading(self.cache, np.int32(len(text) - 1), np.int32(pad), seen)
+        state = _Reading(self.cache, jnp.int32(len(text) - 1), jnp.int32(pad), seen)
         judged = (block, probs, np.int32(wanted))
         taken, token, seen, self.cache = _verify(self.cfg, self.compute, self.variables, judged, state, settings)
         return int(taken), int(token), seen
@@ -191,11 +196,12 @@ def _probabilities(scores_LxV: Array, seen_LxV: Array, s: Settings) -> Array:
     return jnp.where((s.temperature > 0.0)[:, None], jax.nn.softmax(scores, axis=1), sure)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _propose(
-    cfg: ModelConfig, compute: Compute, ahead: int, variables: Variables, newest_1x2: Array, at: _Reading, s: Settings
+    model: tuple[ModelConfig, Compute], ahead: int, variables: Variables, newest_1x2: Array, at: _Reading, s: Settings
 ) -> tuple[Array, Array, kv.Cache]:
     """Tokens int32 [ahead], the distributions they were drawn from [ahead, V], and the cache."""
+    cfg, compute = model
     scores, cache = _read(cfg, compute, variables, newest_1x2, at)
     scores, seen, tokens, probs = scores[-1:], at.seen, [], []
     for i in range(ahead):

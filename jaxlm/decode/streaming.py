@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.decode.generation import GREEDY, Stops, chunks
+from jaxlm.decode.generation import GREEDY, chunks
 from jaxlm.decode.sampling import Choice
 from jaxlm.nn.config import ModelConfig
 from jaxlm.types import Variables
@@ -24,12 +24,11 @@ def stream(
     prompt: Sequence[int],
     max_new_tokens: int = 64,
     choice: Choice = GREEDY,
-    stop: Stops = (),
 ) -> Iterator[int]:
     """The tokens of `generate` for one prompt, as they come: the first at once, then some at a time.
 
     Args:
-      cfg, variables, max_new_tokens, stop: as in `generate`; prepare the variables (`loop.prepare`) for many calls.
+      cfg, variables, max_new_tokens: as in `generate`; prepare the variables (`loop.prepare`) for many calls.
       prompt: token ids.
       choice: how to sample.
 
@@ -37,7 +36,7 @@ def stream(
       ValueError: as `generate`, when the first token is asked for.
     """
     given = 0
-    for samples in chunks(cfg, variables, [prompt], max_new_tokens, choice, stop):
+    for samples in chunks(cfg, variables, [prompt], max_new_tokens, choice):
         yield from samples.ids[0, given : samples.lengths[0]].tolist()
         # A stop sequence found late may have cut what was given already.
         given = max(given, int(samples.lengths[0]))
@@ -98,19 +97,20 @@ def _overlap(text: str, stop: str) -> int:
 def stream_text(
     cfg: ModelConfig,
     variables: Variables,
-    tokenizer: Tokenizer,
     prompt: Sequence[int],
+    text: Text,
     max_new_tokens: int = 64,
     choice: Choice = GREEDY,
-    *,
-    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """The continuation of a prompt as text, in pieces of whole characters, ending before the first stop text.
+
+    Args:
+      cfg, variables, prompt, max_new_tokens, choice: as in `stream`.
+      text: a fresh reader, which knows the tokenizer, the prompt and the stop texts.
 
     Raises:
       ValueError: as `generate`.
     """
-    text = Text(tokenizer, prompt, stop)
     for token in stream(cfg, variables, prompt, max_new_tokens, choice):
         if piece := text.push(token):
             yield piece

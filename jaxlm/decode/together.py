@@ -17,6 +17,8 @@ from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.types import Array, Variables
 
+SHORT = 256
+
 
 def sample_on(
     mesh: Mesh,
@@ -33,11 +35,15 @@ def sample_on(
     Raises:
       ValueError: as `generation.sample`.
     """
+    if choice.stop:
+        raise ValueError("choice.stop: cannot be used over a mesh; cut the ids where they are read")
     ids = batch.check(cfg, prompts, max_new_tokens)
     padded = batch.pad(ids)
     rows = len(padded.lengths)
     settings = sampling.settings([choice] * rows, range(rows), [ends_of(cfg)] * rows)
-    compute = Compute(dtype="float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    # Of a few short prompts all scores fit; loops over tiles would only take longer to compile.
+    compute = Compute(dtype=dtype, attention="reference" if padded.tokens.shape[1] <= SHORT else None)
     # Without processors the program needs no branches for them, which is most of what would be compiled.
     fixed = GREEDY if choice == GREEDY else None
     inputs = jax.tree.map(np.asarray, (padded.tokens, padded.segments, settings))
@@ -60,9 +66,8 @@ def _run(
 ) -> tuple[Array, Array, Array]:
     variables, (tokens, segments, settings) = arrays
     if fixed is not None:
-        constant = {
-            name: jnp.full(tokens.shape[:1], value) for name, value in fixed._asdict().items() if name != "seed"
-        }
+        values = {name: value for name, value in fixed._asdict().items() if name not in ("seed", "stop")}
+        constant = {name: jnp.full(tokens.shape[:1], value) for name, value in values.items()}
         settings = settings._replace(**constant)
     variables = {name: walk.unstack(cfg, tree) if "layers" in tree else tree for name, tree in variables.items()}
     state = loop.prefill(cfg, compute, variables, tokens, segments)
