@@ -198,10 +198,12 @@ def model_config(config: "RunConfig", directory: ModelConfig | None, tokenizer: 
 def make_compute(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Compute:
     """Run-time choices, with what the configuration leaves open decided by platform and depth."""
     train, platform = config.train, mesh.devices.flat[0].platform
+    # Unrolled, the gathers of the forward and the backward pass are merged: whole weights would stay on every device.
+    scan = cfg.N >= SCAN_FROM.get(platform, 0) or mesh.shape["fsdp"] > 1
     return Compute(
         dtype=train.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=train.remat,
-        scan=SCAN_FROM.get(platform, 0) <= cfg.N if train.scan is None else train.scan,
+        scan=scan if train.scan is None else train.scan,
         attention=train.attention,
         constrain=place.constrain(mesh),
         mesh=mesh,
