@@ -15,6 +15,7 @@ from jaxlm.decode import batch, loop
 from jaxlm.decode.generation import chunks, sample
 from jaxlm.decode.sampling import Choice
 from jaxlm.nn.config import ModelConfig, RopeConfig
+from jaxlm.nn.kernels.attention import AttentionMask, choose
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -169,3 +170,8 @@ def test_nothing_asked_for_is_nothing():
     _, cfg, variables = pair("llama")
     assert jaxlm.generate(cfg, variables, []) == []
     assert jaxlm.generate(cfg, variables, PROMPTS, max_new_tokens=0) == [[], [], []]
+
+
+def test_a_single_query_takes_the_plain_products():
+    q, k = jax.ShapeDtypeStruct((2, 1, 4, 8), "float32"), jax.ShapeDtypeStruct((2, 64, 2, 8), "float32")
+    assert choose(q, k, mask=AttentionMask()) == "reference"

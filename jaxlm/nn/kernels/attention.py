@@ -87,7 +87,8 @@ def choose(
 ) -> str:
     """The name of the backend for operands of these shapes and dtypes.
 
-    The first of the platform's `PREFERENCE` that has no obstacle; what the obstacle of a better one was is logged once.
+    `reference` for a single query, else the first of the platform's `PREFERENCE` that has no obstacle; what the obstacle
+    of a better one was is logged once.
 
     Args:
       q, k: arrays, or only their shapes and dtypes.
@@ -99,6 +100,9 @@ def choose(
       ValueError: `backend` is unknown or cannot do this; the reason is said.
     """
     platform = platform or jax.default_backend()
+    if backend is None and q.shape[1] == 1:
+        # One query has one row of scores: nothing to cut, and plain products read cached keys and values as they lie.
+        return "reference"
     if backend is None:
         candidates = PREFERENCE.get(platform, ("blockwise",))
         obstacles = {}
