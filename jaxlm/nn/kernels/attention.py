@@ -87,7 +87,7 @@ def choose(
 ) -> str:
     """The name of the backend for operands of these shapes and dtypes.
 
-    `reference` for a single query, else the first of the platform's `PREFERENCE` that has no obstacle; what the obstacle
+    `reference` for a single query, else the first of the platform's `PREFERENCE` without an obstacle; what the obstacle
     of a better one was is logged once.
 
     Args:
