@@ -20,6 +20,9 @@ LIMIT = 0.15
 """Largest |slope| of a hidden activation under muP over widths."""
 
 DEPTH_LIMIT = 0.2
+WHOLE = ("embedding", "final_residual")
+"""Activations that are judged over depths: the last layer of a deep model is not the last of a shallow one."""
+
 LOGITS = (-0.6, 0.15)
 """Slopes that logits of attention and of the head may have: those of a random readout shrink by up to width^-0.5 before
 what is learned dominates, so only growth, or a shrinking beyond that, is a fault."""
@@ -46,7 +49,7 @@ def verdicts(check: Check, parametrisation: Parametrisation = "mup") -> list[Ver
     for name in ACTIVATION_NAMES:
         low, high = _range(check, name)
         slopes = [check.slope(parametrisation, name, step) for step in JUDGED_STEPS]
-        worst = max(slopes, key=lambda s, m=(low + high) / 2: math.inf if math.isnan(s) else abs(s - m))
+        worst = max(slopes, key=lambda s, low=low, high=high: math.inf if math.isnan(s) else max(low - s, s - high))
         found.append(Verdict(name, all(low <= slope <= high for slope in slopes), worst))
     return found
 
@@ -141,16 +144,17 @@ def sections(check: Check) -> list[Section]:
 
 
 def _range(check: Check, activation: str) -> tuple[float, float]:
-    if activation.endswith("logits"):
+    if activation == "logits" or (activation == "attention_logits" and check.over == WIDTH):
         return LOGITS
-    limit = LIMIT if check.over == WIDTH else DEPTH_LIMIT
-    return -limit, limit
+    if check.over == DEPTH:
+        return (-DEPTH_LIMIT, DEPTH_LIMIT) if activation in WHOLE else (-math.inf, math.inf)
+    return -LIMIT, LIMIT
 
 
 def _word(check: Check, verdict: Verdict) -> str:
-    if verdict.passed:
-        return "passes"
     low, high = _range(check, verdict.activation)
+    if verdict.passed:
+        return "passes" if math.isfinite(high) else "not judged"
     return f"FAILS: {verdict.slope:+.2f} is not in {low:g}..{high:g}"
 
 

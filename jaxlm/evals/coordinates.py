@@ -5,6 +5,7 @@ under the standard parametrisation it grows.
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +23,8 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.params import mup
 from jaxlm.params.config import MupBase, MupConfig
 from jaxlm.training import setup
-from jaxlm.training.step import init_state, train_step
-from jaxlm.types import Array, Batch
+from jaxlm.training.step import State, init_state, train_step
+from jaxlm.types import Array, Batch, Variables
 
 if TYPE_CHECKING:
     from jaxlm.config import RunConfig
@@ -196,14 +197,11 @@ def _plain_steps(config: "RunConfig") -> "RunConfig":
     return dataclasses.replace(config, optimizer=optimizer, train=train, mesh=meshes.MeshConfig(data=1))
 
 
-def _batches(config: "RunConfig", data: Data) -> Batch:
-    """A batch for each seed: [SEEDS, B, L]."""
-
-    def one(seed: int) -> dict[str, np.ndarray]:
-        loader = Loader(data.train, config.train.batch_size, config.run.seed + seed)
-        return {name: column[:, :TOKENS] for name, column in data.train.batch(loader.rows(0)).items()}
-
-    return jax.tree.map(lambda *columns: np.stack(columns), *(one(seed) for seed in range(SEEDS)))
+def _batches(config: "RunConfig", data: Data) -> list[Batch]:
+    """A batch for each seed."""
+    loaders = [Loader(data.train, config.train.batch_size, config.run.seed + seed) for seed in range(SEEDS)]
+    batches = [data.train.batch(loader.rows(0)) for loader in loaders]
+    return [{name: jnp.asarray(column[:, :TOKENS]) for name, column in batch.items()} for batch in batches]
 
 
 def _measure(
@@ -219,18 +217,23 @@ def _measure(
         mesh = meshes.make(config.mesh, jax.devices()[:1])
         program = setup.assemble(dataclasses.replace(config, mup=settings), model, mesh)
 
-    def follow(seed: Array, batch: Batch) -> dict[str, Array]:
-        key = jax.random.fold_in(jax.random.key(config.run.seed), seed)
-        params = transformer.init(model, key) if base is None else mup.init(model, base, key)
-        first = activations(program.cfg, params, batch)
+    def follow(params: Variables, batch: Batch) -> dict[str, Array]:
+        """[STEPS + 1] of each activation; a step too many is made, so that the model is compiled into one place."""
 
-        def step(state, _):
-            state, _ = train_step(program.recipe, state, {}, batch)
+        def step(carry: tuple[State, dict[str, Array] | None], first: Array) -> tuple[Any, dict[str, Array]]:
+            state, start = carry
             now = activations(program.cfg, state.params, batch)
-            return state, {name: jnp.mean(jnp.abs(now[name] - first[name])) for name in ACTIVATION_NAMES}
+            start = jax.tree.map(lambda x, y: jnp.where(first, x, y), now, start)
+            moved = jax.tree.map(lambda x, y: jnp.mean(jnp.abs(x - y)), now, start)
+            return (train_step(program.recipe, state, {}, batch)[0], start), moved
 
-        return jax.lax.scan(step, init_state(program.recipe, params), length=STEPS)[1]
+        shapes = jax.eval_shape(functools.partial(activations, program.cfg), params, batch)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        carry = (init_state(program.recipe, params), nothing)
+        return jax.lax.scan(step, carry, jnp.arange(STEPS + 1) == 0)[1]
 
-    run = jax.jit(lambda seeds, batches: jax.lax.map(lambda pair: follow(*pair), (seeds, batches)))
-    measured = run(jnp.arange(SEEDS), batches)
-    return {name: np.asarray(values, np.float64).mean(axis=0) for name, values in measured.items()}
+    run, rows = jax.jit(follow), []
+    for seed, batch in enumerate(batches):
+        key = jax.random.key(config.run.seed + seed)
+        rows.append(run(transformer.init(model, key) if base is None else mup.init(model, base, key), batch))
+    return {name: np.mean([np.asarray(row[name], np.float64)[1:] for row in rows], axis=0) for name in ACTIVATION_NAMES}
