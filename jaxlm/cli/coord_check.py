@@ -9,11 +9,11 @@ from jaxlm.cli.command import Command, config_argument, overrides_argument
 @config_argument
 @overrides_argument
 def command(config: str, overrides: tuple[str, ...]) -> None:
-    """Measure how far a few steps of training move activations, over widths.
+    """Measure how training moves activations, over widths.
 
-    Under muP the change must not depend on width; under the standard parametrisation, shown beside it, it grows. The
-    widths are multiples of that in mup.base, or a list: model.d_model=64,128,256. A list for model.n_layers checks
-    depths.
+    Under muP the change after a few steps must not depend on width; under the standard parametrisation, shown beside
+    it, it grows. The widths are multiples of that in mup.base, or a list: model.d_model=64,128,256. A list for
+    model.n_layers checks depths.
 
     Writes coord_check.json, coord_check.png and coord_check.html into run.dir.
     """

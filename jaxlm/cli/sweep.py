@@ -12,7 +12,7 @@ from jaxlm.cli.command import Command, config_argument
 @config_argument
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE,VALUE...]...")
 def command(config: str, overrides: tuple[str, ...]) -> int | None:
-    """Train every cell of a grid for a few steps and compare losses.
+    """Train a grid of short runs and compare their losses.
 
     A comma list spans the grid (quote or bracket what has commas of its own), a single value changes CONFIG. Without a
     list, rates around that of CONFIG are tried. With mup set each cell is trained under the standard parametrisation

@@ -41,7 +41,8 @@ def axes(overrides: Sequence[str]) -> tuple[list[str], list[Axis]]:
     Raises:
       ValueError: naming a field with an empty value, a value twice, or two lists.
     """
-    plain, found = [], []
+    plain: list[str] = []
+    found: list[Axis] = []
     for override in overrides:
         field, _, text = override.partition("=")
         field, parts = field.strip(), [part.strip() for part in split(text)]

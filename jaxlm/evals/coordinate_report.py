@@ -49,8 +49,8 @@ def verdicts(check: Check, parametrisation: Parametrisation = "mup") -> list[Ver
     for name in ACTIVATION_NAMES:
         low, high = _range(check, name)
         slopes = [check.slope(parametrisation, name, step) for step in JUDGED_STEPS]
-        worst = max(slopes, key=lambda s, low=low, high=high: math.inf if math.isnan(s) else max(low - s, s - high))
-        found.append(Verdict(name, all(low <= slope <= high for slope in slopes), worst))
+        excess = [math.inf if math.isnan(slope) else max(low - slope, slope - high) for slope in slopes]
+        found.append(Verdict(name, max(excess) <= 0, slopes[excess.index(max(excess))]))
     return found
 
 

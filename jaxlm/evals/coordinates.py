@@ -77,8 +77,9 @@ def family(lists: Mapping[str, Sequence[Any]]) -> tuple[str, tuple[int, ...]]:
         return WIDTH, ()
     field, values = next(iter(lists.items()))
     if len(lists) > 1 or field not in (WIDTH, DEPTH):
-        other = next(name for name in reversed(lists) if len(lists) > 1 or name == field)
-        raise ValueError(f"{other}: a coordinate check grows either {WIDTH} or {DEPTH}; give a list for one of these")
+        raise ValueError(
+            f"{list(lists)[-1]}: a coordinate check grows either {WIDTH} or {DEPTH}; give a list for one of these"
+        )
     if not all(type(value) is int and value > 0 for value in values):
         raise ValueError(f"{field}: {', '.join(map(str, values))}: not all are sizes; use whole numbers from 1 up")
     return field, tuple(sorted(values))
@@ -205,7 +206,7 @@ def _batches(config: "RunConfig", data: Data) -> list[Batch]:
 
 
 def _measure(
-    config: "RunConfig", model: ModelConfig, base: ModelConfig | None, batches: Batch
+    config: "RunConfig", model: ModelConfig, base: ModelConfig | None, batches: list[Batch]
 ) -> dict[str, np.ndarray]:
     """mean |x_t - x_0| of each activation, [steps], of one model."""
     settings = None

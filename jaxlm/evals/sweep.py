@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -160,12 +160,13 @@ def _step(config: "RunConfig", program: Program) -> Callable:
     """The training step with learning rate and seed as arguments, so that they cost no compilation."""
 
     def step(rate: Array, seed: Array, state: State, frozen: Variables, batch: Batch) -> tuple[State, dict[str, Array]]:
-        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        traced: dict[str, Any] = {"learning_rate": rate}
+        optimizer = dataclasses.replace(config.optimizer, **traced)
         steps = config.train.steps
         recipe = program.recipe._replace(
             optimizer=chain.make(optimizer, program.cfg, program.abstract.params, steps, program.plan),
             schedule=schedules.make(optimizer, steps),
-            seed=seed,
+            seed=cast(int, seed),
         )
         return train_step(recipe, state, frozen, batch)
 

@@ -82,7 +82,9 @@ def sections(results: Sequence[Result]) -> list[Section]:
         axis = charts.Axis(panel.x_label, log=panel.x_log)
         drawn.append(charts.line_chart(panel.title, series, axis, charts.Axis("loss"), height=260))
     fields = transfer.swept_fields(results)
-    rows = [[r.parametrisation, *(_short(r.values[f]) for f in fields), r.loss] for r in results]
+    rows: list[list[str | float | None]] = [
+        [r.parametrisation, *(_short(r.values[f]) for f in fields), r.loss] for r in results
+    ]
     optima: list[list[str | float | None]] = [
         [one.parametrisation, _short(at.size), _short(at.rate), 2.0**at.octave, at.loss, at.regret]
         for one in transfer.transfers(results)
