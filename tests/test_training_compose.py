@@ -39,7 +39,7 @@ TABLE = [(row // 5, row % 5, *REST[7 * row % len(REST)]) for row in range(35)]
 
 MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
 SPREAD = [TABLE[row] for row in (0, 5, 10, 12, 18, 19, 23, 26, 31)]
-"""Rows with which the whole model is trained, on one device and on eight: every rule, every SAM, all pairs of the rest."""
+"""Rows that train the whole model, on one device and on eight: every rule, every SAM, all pairs of the rest."""
 
 MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "vocab_size": 32}
 ROWS, LENGTH, STEPS = 16, 8, 3

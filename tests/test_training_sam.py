@@ -1,4 +1,4 @@
-"""SAM through the real step and the real loop: resume, microbatches, devices, frozen trees, cost, and the run's plan."""
+"""SAM through the step and the loop: resume, microbatches, devices, frozen trees, cost; and the plan a run keeps."""
 
 import functools
 import json
