@@ -20,6 +20,10 @@ from jaxlm.nn.kernels.reference import FAR_BELOW
 from jaxlm.nn.kernels.tiles import DECODE, Form, Operands, Spot, cut, form_of, restored, stored
 from jaxlm.types import Array
 
+EMPTY = 1e30
+"""Log denominator of a row that sees no key: so far above every score that its probabilities are 0 in the backward
+pass."""
+
 
 def blockwise_attention(
     q_BxLxHxK: Array,
@@ -89,7 +93,7 @@ def _expand(side: Side, axis: int) -> Side:
 def forward(form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
     """Output [B, L, H, K] in the dtype of `q`, and the log of the denominator [B, G, R, L] in float32.
 
-    Rows without any key have output 0 and log denominator 0, which makes their probabilities 0 in the backward pass.
+    Rows without any key have output 0 and log denominator `EMPTY`.
     """
     x = Operands.of(form, q, k, v, mask)
 
@@ -98,7 +102,7 @@ def forward(form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> tu
         top, total, o = _softmax_over(x, spot, i, span)
         empty = total == 0.0
         total = jnp.where(empty, 1.0, total)
-        lse = jnp.where(empty, 0.0, top + jnp.log(total))
+        lse = jnp.where(empty, EMPTY, top + jnp.log(total))
         at = tuple(jnp.asarray(s, jnp.int32) for s in (spot.b, spot.g, 0, i * form.blocks[0]))
         return x.put_queries(out[0], o / total[..., None], spot, i), jax.lax.dynamic_update_slice(out[1], lse, at)
 

@@ -141,8 +141,8 @@ def _id_range(ids_BxL: Array, block: int) -> tuple[Array, Array]:
 
 
 def bounds(needed: Array) -> tuple[Array, Array]:
-    """For each row of [n, m]: the first needed column and one past the last; equal if there is none."""
-    columns = jnp.arange(needed.shape[1], dtype=jnp.int32)[None, :]
-    stop = jnp.max(jnp.where(needed, columns + 1, 0), axis=1)
-    start = jnp.min(jnp.where(needed, columns, needed.shape[1]), axis=1)
+    """Along the last axis of [..., n]: the first needed index and one past the last; equal if there is none."""
+    index = jax.lax.broadcasted_iota(jnp.int32, needed.shape, needed.ndim - 1)
+    stop = jnp.max(jnp.where(needed, index + 1, 0), axis=-1)
+    start = jnp.min(jnp.where(needed, index, needed.shape[-1]), axis=-1)
     return jnp.minimum(start, stop), stop

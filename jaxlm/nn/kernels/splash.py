@@ -5,9 +5,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxlm.nn.kernels.masks import AttentionMask, complete
+from jaxlm.nn.kernels.placement import on_each_device
 from jaxlm.types import Array
 
 MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
@@ -36,13 +36,13 @@ def splash_attention(
     def local(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
         kernel = _kernel(mask, q.shape[1:3], k.shape[1], softcap)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        o = jax.vmap(kernel)(q, k, v) if ids is None else jax.vmap(kernel)(q, k, v, ids)
+        o = jax.vmap(kernel)(q, k, v) if ids is None else jax.vmap(kernel)(q, k, v, _segment_ids(*ids))
         o = jnp.swapaxes(o, 1, 2)
         # The kernel lets padding see padding.
         return o if ids is None else jnp.where((ids[0] != 0)[:, :, None, None], o, jnp.zeros_like(o))
 
-    ids = None if ids[0] is None else _segment_ids(*ids)
-    return _over_mesh(local, ids is not None)(q, k_BxSxGxK, v_BxSxGxK, ids)
+    ids = None if ids[0] is None else ids
+    return on_each_device(local, q, k_BxSxGxK, ids)(q, k_BxSxGxK, v_BxSxGxK, ids)
 
 
 def _segment_ids(q_ids: Array, kv_ids: Array):
@@ -71,18 +71,6 @@ def _kernel(mask: AttentionMask, q_shape: tuple[int, int], n_keys: int, softcap:
         q_seq_shards=1,
         interpret=jax.default_backend() != "tpu",
     )
-
-
-def _over_mesh(local, has_ids: bool):
-    """The function on each device's own rows and heads: the partitioner cannot cut a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == jax.sharding.AxisType.Auto]
-    if not auto:
-        return local
-    rows = tuple(a for a in ("data", "fsdp", "expert") if a in auto)
-    heads = PartitionSpec(rows, None, "tensor" if "tensor" in auto else None, None)
-    specs = (heads, heads, heads, PartitionSpec(rows, None) if has_ids else None)
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
 
 
 def obstacle(q: Array, k: Array, mask: AttentionMask, softcap: float | None) -> str | None:

@@ -98,7 +98,7 @@ class Operands(NamedTuple):
       k_T: [B, G, K, S], as `stored`, transposed once rather than in each visit; null if each tile is visited once.
       dtype: of `q`, and of every tile.
       mask: complete, with offsets [B].
-      needed: bool [B, I, J], see `masks.needed_BxIxJ`.
+      start, stop: int32 [B / rows, I]: the range of tiles of keys that the rows of a slot need.
     """
 
     form: Form
@@ -107,18 +107,21 @@ class Operands(NamedTuple):
     v: Array
     k_T: Array | None
     mask: AttentionMask
-    needed: Array
+    start: Array
+    stop: Array
     dtype: jnp.dtype
 
     @classmethod
     def of(cls, form: Form, q: Array, k: Array, v: Array, mask: AttentionMask) -> "Operands":
         needed = masks.needed_BxIxJ(mask, (q.shape[0], q.shape[1], k.shape[1]), form.blocks)
+        needed = jnp.any(needed.reshape(-1, form.slots[0], *needed.shape[1:]), axis=1)
+        start, stop = masks.bounds(needed)
         offset = masks.offset_B(mask, q.shape[0])
         mask = AttentionMask(mask.causal, mask.window, mask.segments_BxL, mask.segments_BxS, offset)
         dtype = q.dtype
         q, k, v = (stored(x.astype(dtype)) for x in (q, k, v))
-        k_T = jnp.transpose(k, (0, 2, 3, 1)) if needed.shape[1] > 1 else None
-        return cls(form, q, k, v, k_T, mask, needed, dtype)
+        k_T = jnp.transpose(k, (0, 2, 3, 1)) if start.shape[1] > 1 else None
+        return cls(form, q, k, v, k_T, mask, start, stop, dtype)
 
     @property
     def repeats(self) -> int:
@@ -128,19 +131,16 @@ class Operands(NamedTuple):
     @property
     def rows_of_tiles(self) -> int:
         """How many tiles of queries there are, over all slots."""
-        batch, _, groups, _ = self.k.shape
-        return (batch // self.form.slots[0]) * (groups // self.form.slots[1]) * self.needed.shape[1]
+        return self.start.size * (self.k.shape[2] // self.form.slots[1])
 
     def row_of_tiles(self, index: Array) -> tuple[Spot, Array, tuple[Array, Array]]:
         """The slots and tile of queries of that index, and the range of tiles of keys that it needs."""
-        batch, _, groups, _ = self.k.shape
-        rows, width = self.form.slots
-        index, i = _divide(index, self.needed.shape[1])
-        b, g = _divide(index, groups // width)
-        spot = Spot(0 if rows == batch else b * rows, 0 if width == groups else g * width)
-        needed = cut(self.needed, (spot.b, i, 0), (rows, 1, self.needed.shape[2]))
-        start, stop = masks.bounds(jnp.any(needed, axis=0))
-        return spot, i, (start[0], stop[0])
+        rows, groups = self.form.slots
+        index, i = _divide(index, self.start.shape[1])
+        b, g = _divide(index, self.k.shape[2] // groups)
+        start, stop = (cut(x, (b, i), (1, 1))[0, 0] for x in (self.start, self.stop))
+        spot = Spot(0 if rows == self.k.shape[0] else b * rows, 0 if groups == self.k.shape[2] else g * groups)
+        return spot, i, (start, stop)
 
     def queries(self, x: Array, spot: Spot, i: Array) -> Array:
         """A tile of [B, L, H, K], as [b, g, R, l, K]."""

@@ -1,0 +1,173 @@
+"""Attention over a sequence that is sharded over the mesh axis `context`: as a ring, or with keys and values gathered.
+
+Each device holds L / n tokens, in order. In the ring (Liu et al., 2310.01889) keys and values go round the devices, and
+what each tile contributes is merged by its log denominators, so that no device ever holds all of them. A mask that
+hides whole tiles skips their computation, not their journey.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.kernels.blockwise import EMPTY, backward, blockwise_attention, delta_of, forward
+from jaxlm.nn.kernels.masks import AttentionMask, complete
+from jaxlm.nn.kernels.placement import auto_axes, on_each_device
+from jaxlm.nn.kernels.reference import FAR_BELOW
+from jaxlm.nn.kernels.tiles import Form, form_of
+from jaxlm.types import Array
+
+AXIS = "context"
+
+
+def ring_attention(
+    q_BxLxHxK: Array,
+    k_BxSxGxK: Array,
+    v_BxSxGxK: Array,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
+) -> Array:
+    """The function of `reference_attention` under a mesh with an axis `context` over which L = S is sharded.
+
+    Of n devices each sends its keys and values n - 1 times in the forward pass; in the backward pass them and, in
+    float32, their gradients. Args and Returns as `reference_attention`; what else must hold, see `obstacle`.
+    """
+    mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
+
+    def local(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
+        form = form_of(q, k, mask, scale, softcap)
+        return _ring(form, (mask.causal, mask.window), q, k, v, ids)
+
+    ids = _ids(mask)
+    return on_each_device(local, q_BxLxHxK, k_BxSxGxK, ids, AXIS)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, ids)
+
+
+def gathered_attention(
+    q_BxLxHxK: Array,
+    k_BxSxGxK: Array,
+    v_BxSxGxK: Array,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
+) -> Array:
+    """As `ring_attention`, with all keys and values on each device for the duration of the call."""
+    mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
+
+    def local(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
+        gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
+        ids_BxL, ids_BxS = (None, None) if ids is None else (ids[0], gather(ids[1]))
+        offset = jax.lax.axis_index(AXIS) * q.shape[1]
+        own = AttentionMask(mask.causal, mask.window, ids_BxL, ids_BxS, offset)
+        return blockwise_attention(q, gather(k), gather(v), mask=own, scale=scale, softcap=softcap)
+
+    ids = _ids(mask)
+    return on_each_device(local, q_BxLxHxK, k_BxSxGxK, ids, AXIS)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, ids)
+
+
+def obstacle(q: Array, k: Array, mask: AttentionMask, softcap: float | None) -> str | None:
+    """Why this call cannot be sharded over `context`, or null. `q` and `k` need only shapes."""
+    del softcap
+    devices = context_size()
+    if devices == 1:
+        return f"there is no mesh in force with an axis {AXIS} of more than one device"
+    if q.shape[1] != k.shape[1] or q.shape[1] % devices:
+        return f"it needs as many keys as queries, a multiple of {devices}, not {k.shape[1]} and {q.shape[1]}"
+    if mask.segments_BxL is None and mask.segments_BxS is not None:
+        return "it needs segments of the queries where the keys have some"
+    if not (isinstance(mask.q_offset, int) and mask.q_offset == 0):
+        return "it needs queries that start at position 0"
+    return None
+
+
+def context_size() -> int:
+    """Devices along the axis `context` of the mesh in force; 1 without one, or where the axis is handled already."""
+    return auto_axes().get(AXIS, 1)
+
+
+def _ids(mask: AttentionMask) -> tuple[Array, Array] | None:
+    return None if mask.segments_BxL is None else (mask.segments_BxL, mask.segments_BxS)
+
+
+def _pass_on(x):
+    """To the next device of the ring."""
+    n = jax.lax.axis_size(AXIS)
+    return jax.tree.map(lambda y: jax.lax.ppermute(y, AXIS, [(i, (i + 1) % n) for i in range(n)]), x)
+
+
+def _mask_after(kinds: tuple[bool, int | None], hops: Array | int, length: int, ids) -> AttentionMask:
+    """The mask between own queries and the keys that arrive after so many hops."""
+    own = jax.lax.axis_index(AXIS)
+    source = jax.lax.rem(own - hops + jax.lax.axis_size(AXIS), jax.lax.axis_size(AXIS))
+    ids_BxL, ids_BxS = (None, None) if ids is None else ids
+    return AttentionMask(*kinds, ids_BxL, ids_BxS, (own - source) * length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(form: Form, kinds: tuple[bool, int | None], q: Array, k: Array, v: Array, ids) -> Array:
+    return _ring_forward(form, kinds, q, k, v, ids)[0]
+
+
+def _ring_forward(form: Form, kinds: tuple[bool, int | None], q: Array, k: Array, v: Array, ids):
+    own_ids, key_ids = (None, None) if ids is None else ids
+
+    def hop(index: Array, carry):
+        (o, lse), keys = carry
+        keys = _pass_on(keys)
+        mask = _mask_after(kinds, index, q.shape[1], None if ids is None else (own_ids, keys[2]))
+        return _merge((o, lse), forward(form, q, *keys[:2], mask)), keys
+
+    o, lse = forward(form, q, k, v, _mask_after(kinds, 0, q.shape[1], ids))
+    first = ((o.astype(jnp.float32), lse), (k, v, key_ids))
+    (o, lse), _ = jax.lax.fori_loop(1, jax.lax.axis_size(AXIS), hop, first)
+    o = o.astype(q.dtype)
+    return o, (q, k, v, ids, o, lse)
+
+
+def _merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Outputs [B, L, H, K] and log denominators [B, G, R, L] over two sets of keys -> over both."""
+    (o_a, lse_a), (o_b, lse_b) = a, b
+    low_a, low_b = (jnp.where(x == EMPTY, FAR_BELOW, x) for x in (lse_a, lse_b))
+    top = jnp.maximum(low_a, low_b)
+    share_a, share_b = jnp.exp(low_a - top), jnp.exp(low_b - top)
+    total = share_a + share_b
+
+    def weigh(share: Array, o: Array) -> Array:
+        batch, groups, repeats, length = share.shape
+        share = jnp.moveaxis((share / total).reshape(batch, groups * repeats, length), 1, 2)
+        return share[..., None] * o.astype(jnp.float32)
+
+    lse = jnp.where(top == FAR_BELOW, EMPTY, top + jnp.log(total))
+    return weigh(share_a, o_a) + weigh(share_b, o_b), lse
+
+
+def _ring_backward(form: Form, kinds: tuple[bool, int | None], saved, do: Array):
+    q, k, v, ids, o, lse = saved
+    own_ids, key_ids = (None, None) if ids is None else ids
+    delta = delta_of(do, o, lse)
+
+    def gradients(hops: Array | int, keys):
+        mask = _mask_after(kinds, hops, q.shape[1], None if ids is None else (own_ids, keys[2]))
+        dq, dk, dv = backward(form, (q, *keys[:2], mask), do, lse, delta)
+        return dq.astype(jnp.float32), (dk, dv)
+
+    def hop(index: Array, carry):
+        dq, keys, sums = carry
+        # A first hop of empty sums is saved by starting with the second device's contribution.
+        keys, sums = _pass_on((keys, sums))
+        more, own = gradients(index, keys)
+        return dq + more, keys, jax.tree.map(jnp.add, sums, own)
+
+    keys = (k, v, key_ids)
+    dq, home = gradients(0, keys)
+    if jax.lax.axis_size(AXIS) > 1:
+        keys = _pass_on(keys)
+        more, sums = gradients(1, keys)
+        dq, _, sums = jax.lax.fori_loop(2, jax.lax.axis_size(AXIS), hop, (dq + more, keys, sums))
+        home = jax.tree.map(jnp.add, home, _pass_on(sums))
+    return dq.astype(q.dtype), home[0].astype(k.dtype), home[1].astype(v.dtype), None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
