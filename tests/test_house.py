@@ -201,8 +201,20 @@ def test_locks_are_exact_and_the_base_is_small():
     assert "torch==2.13.0" in pins["test"]
 
 
-def test_the_base_lock_has_what_the_package_asks_for():
+def asked(requirements, extras):
+    """Names of requirements, with those of the package's own extras in place of `jaxlm[...]`."""
+    names = set()
+    for requirement in requirements:
+        name, own = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+        names |= {name.lower().replace("_", "-")} if name != "jaxlm" else set()
+        for extra in own.split(",") if name == "jaxlm" else []:
+            names |= asked(extras[extra], extras)
+    return names
+
+
+def test_the_locks_have_what_the_package_asks_for():
     project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
-    names = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}
-    locked = {line.split("==")[0] for line in ROOT.joinpath("scripts/requirements/base.txt").read_text().splitlines()}
-    assert names <= locked
+    extras = project["optional-dependencies"]
+    for lock, requirements in (("base", []), ("test", extras["test"])):
+        lines = ROOT.joinpath(f"scripts/requirements/{lock}.txt").read_text().splitlines()
+        assert asked(project["dependencies"] + requirements, extras) <= {line.split("==")[0] for line in lines}

@@ -238,7 +238,7 @@ class ModelConfig:
             raise ValueError(f"model.head_dim: {self.K} is odd, which rotary positions cannot use; choose an even one")
         if self.rope.kind == "default" and self.rope.factor is not None:
             raise ValueError(
-                f"model.rope.factor: {self.rope.factor} stretches nothing with model.rope.kind default; set the kind to "
+                f"model.rope.factor: {self.rope.factor} stretches nothing with model.rope.kind default; set kind to "
                 "linear, dynamic, llama3 or yarn"
             )
         if self.layer_types is not None and "sliding" in self.layer_types and self.window is None:
