@@ -63,7 +63,8 @@ class Attention(nn.Module):
             softcap=cfg.attention_softcap,
             backend=self.compute.attention,
         )
-        mixed = spread_attention(attend, q, k, v, self._mask(context))
+        gather = self.compute.attention != "ring"
+        mixed = spread_attention(attend, q, k, v, self._mask(context), gather=gather)
         mixed = mixed.reshape(*x.shape[:-1], cfg.H * cfg.K)
         y = Linear(cfg.D, cfg.o_bias, residual_init(cfg), cfg.lora, inward=True, name="o")(mixed)
         return (y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)), cached

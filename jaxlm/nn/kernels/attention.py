@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxlm.nn.kernels import context, cudnn, splash
+from jaxlm.nn.kernels import cudnn, ring, splash
 from jaxlm.nn.kernels.blockwise import blockwise_attention
 from jaxlm.nn.kernels.masks import AttentionMask
 from jaxlm.nn.kernels.reference import reference_attention
@@ -39,12 +39,11 @@ BACKENDS = {
     "blockwise": Backend(blockwise_attention),
     "cudnn": Backend(cudnn.cudnn_attention, cudnn.obstacle, "gpu"),
     "splash": Backend(splash.splash_attention, splash.obstacle, "tpu"),
-    "ring": Backend(context.ring_attention, context.obstacle),
-    "gathered": Backend(context.gathered_attention, context.obstacle),
+    "ring": Backend(ring.ring_attention, ring.obstacle),
 }
 
 PREFERENCE = {"gpu": ("cudnn", "blockwise"), "tpu": ("splash", "blockwise")}
-"""Backends by platform, best first; elsewhere it is `blockwise`. Where the sequence is sharded, `ring` comes before."""
+"""Backends by platform, best first; elsewhere it is `blockwise`."""
 
 
 def attention(
@@ -107,8 +106,6 @@ def choose(
         return "reference"
     if backend is None:
         candidates = PREFERENCE.get(platform, ("blockwise",))
-        if context.context_size() > 1:
-            candidates = ("ring", *candidates)
         obstacles = {}
         for name in candidates:
             obstacles[name] = BACKENDS[name].obstacle(q, k, mask, softcap)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.kernels.masks import AttentionMask, complete
-from jaxlm.nn.kernels.placement import on_each_device
 from jaxlm.types import Array
 
 MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
@@ -31,18 +30,13 @@ def splash_attention(
     """The function of `reference_attention` for what `obstacle` lets through; Args and Returns as there."""
     mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
     q = (q_BxLxHxK * scale).astype(q_BxLxHxK.dtype)
-    ids = (mask.segments_BxL, mask.segments_BxS)
-
-    def local(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
-        kernel = _kernel(mask, q.shape[1:3], k.shape[1], softcap)
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        o = jax.vmap(kernel)(q, k, v) if ids is None else jax.vmap(kernel)(q, k, v, _segment_ids(*ids))
-        o = jnp.swapaxes(o, 1, 2)
-        # The kernel lets padding see padding.
-        return o if ids is None else jnp.where((ids[0] != 0)[:, :, None, None], o, jnp.zeros_like(o))
-
-    ids = None if ids[0] is None else ids
-    return on_each_device(local, q, k_BxSxGxK, ids)(q, k_BxSxGxK, v_BxSxGxK, ids)
+    kernel = jax.vmap(_kernel(mask, q.shape[1:3], k_BxSxGxK.shape[1], softcap))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k_BxSxGxK, v_BxSxGxK))
+    if mask.segments_BxL is None:
+        return jnp.swapaxes(kernel(q, k, v), 1, 2)
+    o = jnp.swapaxes(kernel(q, k, v, _segment_ids(mask.segments_BxL, mask.segments_BxS)), 1, 2)
+    # The kernel lets padding see padding.
+    return jnp.where((mask.segments_BxL != 0)[:, :, None, None], o, jnp.zeros_like(o))
 
 
 def _segment_ids(q_ids: Array, kv_ids: Array):

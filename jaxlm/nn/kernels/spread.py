@@ -16,7 +16,9 @@ from jaxlm.nn.kernels.masks import AttentionMask
 from jaxlm.types import Array
 
 
-def spread_attention(attend: Callable[..., Array], q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
+def spread_attention(
+    attend: Callable[..., Array], q: Array, k: Array, v: Array, mask: AttentionMask, *, gather: bool = True
+) -> Array:
     """`attend(q, k, v, mask=mask)`, each device on its own share.
 
     Over `context` the queries stay where they are, and every part sees all keys: one gather of keys and values forward,
@@ -26,27 +28,33 @@ def spread_attention(attend: Callable[..., Array], q: Array, k: Array, v: Array,
       attend: attention of [B, L, H, K] queries over [B, S, G, K] keys and values.
       q, k, v: its operands.
       mask: see `AttentionMask`.
+      gather: false leaves keys and values cut over `context`, for an `attend` that passes them on itself (a ring).
 
     Returns:
       [B, L, H, K].
     """
     if not _fits(q.shape, k.shape):
         return attend(q, k, v, mask=mask)
-    ids_q, ids_k, offset = mask.segments_BxL, mask.segments_BxS, jnp.asarray(mask.q_offset, jnp.int32)
+    ids_q, ids_k, offset = mask.segments_BxL, mask.segments_BxS, mask.q_offset
+    if not isinstance(offset, int):
+        offset = jnp.asarray(offset, jnp.int32)
     same = q.shape[1] == k.shape[1]
 
-    def share(q: Array, k: Array, v: Array, ids_q: Array | None, ids_k: Array | None, offset: Array) -> Array:
-        if jax.lax.axis_size(POSITIONS) > 1:
+    def share(q: Array, k: Array, v: Array, ids_q: Array | None, ids_k: Array | None, offset: Array | None) -> Array:
+        offset = mask.q_offset if offset is None else offset
+        if jax.lax.axis_size(POSITIONS) > 1 and gather:
             ids_k = ids_q if ids_k is None else ids_k
             k, v, ids_k = (None if x is None else jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True)
                            for x in (k, v, ids_k))  # fmt: skip
-            offset += jax.lax.axis_index(POSITIONS) * q.shape[1]
+            offset = offset + jax.lax.axis_index(POSITIONS) * q.shape[1]
         return attend(q, k, v, mask=dataclasses.replace(mask, segments_BxL=ids_q, segments_BxS=ids_k, q_offset=offset))
 
     cut, ids = PartitionSpec(ROWS, POSITIONS, TENSOR), PartitionSpec(ROWS, POSITIONS)
     keys, key_ids = (cut, ids) if same else (PartitionSpec(ROWS, None, TENSOR), PartitionSpec(ROWS))
     specs = (cut, keys, keys, None if ids_q is None else ids, None if ids_k is None else key_ids,
-             PartitionSpec(ROWS) if offset.ndim else PartitionSpec())  # fmt: skip
+             None if isinstance(offset, int) else PartitionSpec(ROWS) if offset.ndim else PartitionSpec())  # fmt: skip
+    # A number that is known stays one, because backends look at it: cuDNN's causal starts at 0.
+    offset = None if isinstance(offset, int) else offset
     # Loops inside kernels begin with constants, which the check of varying types would refuse.
     return jax.shard_map(share, in_specs=specs, out_specs=cut, check_vma=False)(q, k, v, ids_q, ids_k, offset)
 

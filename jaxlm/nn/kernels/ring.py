@@ -1,23 +1,23 @@
-"""Attention over a sequence that is sharded over the mesh axis `context`: as a ring, or with keys and values gathered.
+"""Attention over a sequence that is cut over the mesh axis `context`, as a ring.
 
-Each device holds L / n tokens, in order. In the ring (Liu et al., 2310.01889) keys and values go round the devices, and
-what each tile contributes is merged by its log denominators, so that no device ever holds all of them. A mask that
-hides whole tiles skips their computation, not their journey.
+Each of n devices holds L / n tokens, in order. Keys and values go round the devices (Liu et al., 2310.01889), and what
+each part contributes is merged by its log denominators, so that no device ever holds all of them. A mask that hides
+whole parts skips their computation, not their journey.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
-from jaxlm.nn.kernels.blockwise import EMPTY, backward, blockwise_attention, delta_of, forward
+from jaxlm.nn.copies import POSITIONS
+from jaxlm.nn.kernels.blockwise import EMPTY, backward, delta_of, forward
 from jaxlm.nn.kernels.masks import AttentionMask, complete
-from jaxlm.nn.kernels.placement import auto_axes, on_each_device
 from jaxlm.nn.kernels.reference import FAR_BELOW
+from jaxlm.nn.kernels.spread import spread_attention
 from jaxlm.nn.kernels.tiles import Form, form_of
 from jaxlm.types import Array
-
-AXIS = "context"
 
 
 def ring_attention(
@@ -29,78 +29,57 @@ def ring_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Array:
-    """The function of `reference_attention` under a mesh with an axis `context` over which L = S is sharded.
+    """The function of `reference_attention` under a mesh with an axis `context` over which L = S is cut.
 
-    Of n devices each sends its keys and values n - 1 times in the forward pass; in the backward pass them and, in
-    float32, their gradients. Args and Returns as `reference_attention`; what else must hold, see `obstacle`.
+    Each device sends n - 1 times: in the forward pass the keys and values that it has, in the backward pass these and,
+    in float32, their gradients. Gathering them (`spread_attention`) sends two thirds of that, but holds all S of them.
+
+    Args, Returns: as `reference_attention`; inside a manual region (`jax.shard_map`), of the device's own tokens. What
+    else must hold, see `obstacle`.
     """
+    if _kind() == AxisType.Auto:
+        attend = functools.partial(ring_attention, scale=scale, softcap=softcap)
+        return spread_attention(attend, q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask, gather=False)
     mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
-
-    def local(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
-        form = form_of(q, k, mask, scale, softcap)
-        return _ring(form, (mask.causal, mask.window), q, k, v, ids)
-
-    ids = _ids(mask)
-    return on_each_device(local, q_BxLxHxK, k_BxSxGxK, ids, AXIS)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, ids)
-
-
-def gathered_attention(
-    q_BxLxHxK: Array,
-    k_BxSxGxK: Array,
-    v_BxSxGxK: Array,
-    *,
-    mask: AttentionMask,
-    scale: float,
-    softcap: float | None = None,
-) -> Array:
-    """As `ring_attention`, with all keys and values on each device for the duration of the call."""
-    mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
-
-    def local(q: Array, k: Array, v: Array, ids: tuple[Array, Array] | None) -> Array:
-        gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
-        ids_BxL, ids_BxS = (None, None) if ids is None else (ids[0], gather(ids[1]))
-        offset = jax.lax.axis_index(AXIS) * q.shape[1]
-        own = AttentionMask(mask.causal, mask.window, ids_BxL, ids_BxS, offset)
-        return blockwise_attention(q, gather(k), gather(v), mask=own, scale=scale, softcap=softcap)
-
-    ids = _ids(mask)
-    return on_each_device(local, q_BxLxHxK, k_BxSxGxK, ids, AXIS)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, ids)
+    form = form_of(q_BxLxHxK, k_BxSxGxK, mask, scale, softcap)
+    ids = None if mask.segments_BxL is None else (mask.segments_BxL, mask.segments_BxS)
+    return _ring(form, (mask.causal, mask.window), q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, ids)
 
 
 def obstacle(q: Array, k: Array, mask: AttentionMask, softcap: float | None) -> str | None:
-    """Why this call cannot be sharded over `context`, or null. `q` and `k` need only shapes."""
+    """Why this call cannot be a ring, or null. `q` and `k` need only shapes."""
     del softcap
-    devices = context_size()
-    if devices == 1:
-        return f"there is no mesh in force with an axis {AXIS} of more than one device"
-    if q.shape[1] != k.shape[1] or q.shape[1] % devices:
-        return f"it needs as many keys as queries, a multiple of {devices}, not {k.shape[1]} and {q.shape[1]}"
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if _kind() is None else mesh.shape[POSITIONS]
+    if parts == 1:
+        return f"there is no mesh in force whose axis {POSITIONS} has more than one device"
+    if q.shape[1] != k.shape[1]:
+        return f"it needs as many keys as queries, not {k.shape[1]} and {q.shape[1]}"
+    if _kind() == AxisType.Auto and q.shape[1] % parts:
+        return f"it needs a length that is a multiple of {parts}, not {q.shape[1]}"
     if mask.segments_BxL is None and mask.segments_BxS is not None:
         return "it needs segments of the queries where the keys have some"
     if not (isinstance(mask.q_offset, int) and mask.q_offset == 0):
-        return "it needs queries that start at position 0"
+        return "it needs queries that start where the keys do"
     return None
 
 
-def context_size() -> int:
-    """Devices along the axis `context` of the mesh in force; 1 without one, or where the axis is handled already."""
-    return auto_axes().get(AXIS, 1)
-
-
-def _ids(mask: AttentionMask) -> tuple[Array, Array] | None:
-    return None if mask.segments_BxL is None else (mask.segments_BxL, mask.segments_BxS)
+def _kind() -> AxisType | None:
+    """Who deals with the axis in the mesh in force; null without it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(POSITIONS)
 
 
 def _pass_on(x):
     """To the next device of the ring."""
-    n = jax.lax.axis_size(AXIS)
-    return jax.tree.map(lambda y: jax.lax.ppermute(y, AXIS, [(i, (i + 1) % n) for i in range(n)]), x)
+    n = jax.lax.axis_size(POSITIONS)
+    return jax.tree.map(lambda y: jax.lax.ppermute(y, POSITIONS, [(i, (i + 1) % n) for i in range(n)]), x)
 
 
 def _mask_after(kinds: tuple[bool, int | None], hops: Array | int, length: int, ids) -> AttentionMask:
     """The mask between own queries and the keys that arrive after so many hops."""
-    own = jax.lax.axis_index(AXIS)
-    source = jax.lax.rem(own - hops + jax.lax.axis_size(AXIS), jax.lax.axis_size(AXIS))
+    own = jax.lax.axis_index(POSITIONS)
+    source = jax.lax.rem(own - hops + jax.lax.axis_size(POSITIONS), jax.lax.axis_size(POSITIONS))
     ids_BxL, ids_BxS = (None, None) if ids is None else ids
     return AttentionMask(*kinds, ids_BxL, ids_BxS, (own - source) * length)
 
@@ -121,7 +100,7 @@ def _ring_forward(form: Form, kinds: tuple[bool, int | None], q: Array, k: Array
 
     o, lse = forward(form, q, k, v, _mask_after(kinds, 0, q.shape[1], ids))
     first = ((o.astype(jnp.float32), lse), (k, v, key_ids))
-    (o, lse), _ = jax.lax.fori_loop(1, jax.lax.axis_size(AXIS), hop, first)
+    (o, lse), _ = jax.lax.fori_loop(1, jax.lax.axis_size(POSITIONS), hop, first)
     o = o.astype(q.dtype)
     return o, (q, k, v, ids, o, lse)
 
@@ -162,10 +141,10 @@ def _ring_backward(form: Form, kinds: tuple[bool, int | None], saved, do: Array)
 
     keys = (k, v, key_ids)
     dq, home = gradients(0, keys)
-    if jax.lax.axis_size(AXIS) > 1:
+    if jax.lax.axis_size(POSITIONS) > 1:
         keys = _pass_on(keys)
         more, sums = gradients(1, keys)
-        dq, _, sums = jax.lax.fori_loop(2, jax.lax.axis_size(AXIS), hop, (dq + more, keys, sums))
+        dq, _, sums = jax.lax.fori_loop(2, jax.lax.axis_size(POSITIONS), hop, (dq + more, keys, sums))
         home = jax.tree.map(jnp.add, home, _pass_on(sums))
     return dq.astype(q.dtype), home[0].astype(k.dtype), home[1].astype(v.dtype), None
 
