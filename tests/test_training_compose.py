@@ -38,7 +38,7 @@ TABLE = [(row // 5, row % 5, *REST[7 * row % len(REST)]) for row in range(35)]
 """Numbers of levels; the 7 x 5 pairs of rule and SAM are each there once, so no smaller table has all pairs."""
 
 MESHES = ({"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
-SPREAD = [TABLE[row] for row in (0, 5, 10, 12, 18, 19, 23, 26, 31)]
+SPREAD = [TABLE[row] for row in (3, 6, 12, 18, 20, 29, 31)]
 """Rows that train the whole model, on one device and on eight: every rule, every SAM, all pairs of the rest."""
 
 MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "vocab_size": 32}
@@ -104,7 +104,7 @@ def advance(recipe, state, rows, jit=jax.jit):
     return [float(m["loss"]) for m in history], jax.tree.map(float, history[-1]), state
 
 
-KERNELS = ("embed/kernel", "layers/mlp/gate/kernel", "layers/mlp/norm/scale", "norm/scale")
+KERNELS = ("embed/kernel", "layers/mlp/gate/kernel", "norm/scale")
 
 
 def few(variables):
@@ -127,9 +127,9 @@ def token_mixer(base):
     def loss(apply, params, frozen, rows, weights, key):
         p = params["params"]
         x = jnp.take(p["embed"]["kernel"], rows["tokens"], axis=0)
-        gate, scale = p["layers"]["mlp"]["gate"]["kernel"], p["layers"]["mlp"]["norm"]["scale"]
-        for w, s in zip(gate, scale, strict=True):
-            x = x + jnp.tanh((x * s[None, None]) @ w) @ w.T
+        gate = p["layers"]["mlp"]["gate"]["kernel"]
+        h = jnp.tanh(jnp.einsum("bld,ndf->blnf", x, gate))
+        x = x + jnp.einsum("blnf,ndf->bld", h, gate)
         logits = (x * p["norm"]["scale"][None, None]) @ p["embed"]["kernel"].T
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
         return jnp.sum(nll * rows["mask"]) / weights["tokens"], {}
@@ -139,7 +139,7 @@ def token_mixer(base):
 
 @pytest.mark.parametrize("row", TABLE, ids=words)
 def test_every_pair_trains_in_one_trace(row, monkeypatch):
-    """The step of a whole configuration, over a model of four leaves, which is what keeps 35 compilations short."""
+    """The step of a whole configuration, over a model of three leaves, which is what keeps 35 compilations short."""
     init = setup._fresh
     monkeypatch.setattr(setup, "_fresh", lambda *args: few(init(*args)))
     config = settings(row)
@@ -167,10 +167,8 @@ def trained(row, mesh, devices):
     config = settings(row, mesh)
     program = setup.assemble(config, config.architecture(), meshes.make(config.mesh, jax.devices()[:devices]))
     with jax.set_mesh(program.mesh):
-        params = place.put(fresh(row[3]), program.shardings.params)
-        state = place.build(
-            functools.partial(init_state, program.recipe), params, mesh=program.mesh, params=program.abstract.params
-        )
+        state = init_state(program.recipe, jax.tree.map(jnp.asarray, fresh(row[3])))
+        state = place.put(state, program.shardings)
         jit = functools.partial(jax.jit, out_shardings=(program.shardings, None))
         losses, _, after = advance(program.recipe, state, place.place_batch(batch(), program.mesh), jit)
         return losses, place.gather((after.params, after.ema))
