@@ -15,6 +15,7 @@ CASES = {
     "train": ["jaxlm", "torch", "torch-compile", "transformers"],
     "attention": ["jaxlm", "torch"],
     "cross_entropy": ["jaxlm", "torch"],
+    "lora": ["jaxlm", "peft"],
     "generate": ["jaxlm", "transformers"],
     "compile": ["cold", "warm", "shallow"],
     "remat": ["none", "dots", "block", "full"],
@@ -28,7 +29,7 @@ SWEEPS = {
 }
 """Options that a case is repeated with."""
 GPU = {"train": {"size": "1b", "dtype": "bfloat16"}, "attention": {"dtype": "bfloat16"},
-       "generate": {"size": "7b", "dtype": "bfloat16"}}  # fmt: skip
+       "lora": {"size": "7b", "dtype": "bfloat16"}, "generate": {"size": "7b", "dtype": "bfloat16"}}  # fmt: skip
 
 
 @click.command()

@@ -1,6 +1,7 @@
 """Model shapes that the cases share; Llama-like, weights random."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,22 @@ def hugging_face_model(shape: Shape, dtype: str = "float32"):
     torch.manual_seed(0)
     with torch.device(torch_device()):
         return transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def random_batch(shape: Shape) -> Any:
+    """Random tokens, every one a label."""
+    import jax
+    import numpy as np
+
+    tokens = np.random.default_rng(0).integers(0, shape.vocabulary, (shape.rows, shape.length + 1), dtype=np.int32)
+    columns = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": np.ones((shape.rows, shape.length), np.float32),
+        "segments": np.ones((shape.rows, shape.length), np.int32),
+        "positions": np.tile(np.arange(shape.length, dtype=np.int32), (shape.rows, 1)),
+    }
+    return jax.device_put(columns)
 
 
 def torch_device() -> str:

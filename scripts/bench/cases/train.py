@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from scripts.bench.measure import gemm_rate, jax_wait, repeat, torch_wait
-from scripts.bench.shapes import SHAPES, Shape, hugging_face_model, jaxlm_config, torch_device
+from scripts.bench.shapes import SHAPES, Shape, hugging_face_model, jaxlm_config, random_batch, torch_device
 
 Options = dict[str, Any]
 
@@ -20,22 +20,13 @@ def shape_of(options: Options) -> Shape:
 def jaxlm(options: Options) -> dict[str, Any]:
     """jaxlm's step, as `jaxlm train` compiles it."""
     import jax
-    import numpy as np
 
     from jaxlm.training import throughput
     from jaxlm.training.step import train_step
 
     shape = shape_of(options)
     program, state = jaxlm_program(shape, options)
-    tokens = np.random.default_rng(0).integers(0, shape.vocabulary, (shape.rows, shape.length + 1), dtype=np.int32)
-    batch = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "mask": np.ones((shape.rows, shape.length), np.float32),
-        "segments": np.ones((shape.rows, shape.length), np.int32),
-        "positions": np.tile(np.arange(shape.length, dtype=np.int32), (shape.rows, 1)),
-    }
-    batch = jax.device_put(batch)
+    batch = random_batch(shape)
     step = jax.jit(functools.partial(train_step, program.recipe), donate_argnums=0)
     compiled = step.lower(state, {}, batch).compile()
     held = [state]
