@@ -59,7 +59,7 @@ def jaxlm(options: Options) -> dict[str, Any]:
         optimizer=chain.make(optimizer, cfg, trained, 1000),
         schedule=schedules.make(optimizer, 1000),
     )
-    state, batch = init_state(recipe, trained), random_batch(shape)
+    state, batch = jax.jit(functools.partial(init_state, recipe))(trained), random_batch(shape)
     compiled = jax.jit(functools.partial(train_step, recipe), donate_argnums=0).lower(state, frozen, batch).compile()
     held = [state]
 
