@@ -44,7 +44,7 @@ def main() -> None:
     result = {"configuration": raw | {"data": {"sequence_length": LENGTH}}, "unigram": unigram, "runs": runs}
     result["verdicts"] = verdicts(runs, unigram)
     print(*result["verdicts"], experiment.keep("depth", result), sep="\n")
-    draw(runs, unigram)
+    draw(runs, unigram, options.layers)
 
 
 def run(raw: dict[str, Any], norm: str, residual: bool, rate: float) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def verdicts(runs: list[dict[str, Any]], unigram: float) -> list[str]:
     return lines
 
 
-def draw(runs: list[dict[str, Any]], unigram: float) -> None:
+def draw(runs: list[dict[str, Any]], unigram: float, layers: int) -> None:
     """Training loss of each arm's best rate, smoothed, beside the unigram baseline."""
     lines = []
     for norm, residual in itertools.product(NORMS, (True, False)):
@@ -96,8 +96,8 @@ def draw(runs: list[dict[str, Any]], unigram: float) -> None:
         steps = list(range(SMOOTH, len(losses) + 1))
         lines.append(plots.Line(f"{norm}, {'residual' if residual else 'no residual'}", steps, smooth))
     lines.append(plots.Line("unigram baseline", [lines[0].x[0], lines[0].x[-1]], [unigram, unigram]))
-    layers = "100 layers, training loss (mean of ten steps)"
-    panel = plots.Panel(layers, "step", "loss, nats per token", lines, x_log=False)
+    title = f"{layers} layers, training loss (mean of {SMOOTH} steps)"
+    panel = plots.Panel(title, "step", "loss, nats per token", lines, x_log=False)
     plots.write(experiment.RESULTS / "depth.png", [panel])
 
 
