@@ -43,7 +43,7 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         data = experiment.write_texts(pathlib.Path(folder), 40_000, 40_000) | {"sequence_length": LENGTH}
-        raw = {"model": MODEL, "data": data}
+        raw = {"model": MODEL, "data": data, "optimizer": {"learning_rate": RATE}}
         raw["train"] = {"steps": options.epochs * ROWS // BATCH, "batch_size": BATCH, "attention": "reference"}
         for arm in ARMS:
             runs += run(raw, arm, options.seeds)
@@ -84,7 +84,7 @@ def run(raw: dict[str, Any], arm: str, seeds: int) -> list[dict[str, Any]]:
 
 def opened(raw: dict[str, Any], arm: str, seed: int) -> Setup:
     """The run of an arm from a seed, its training data cut to a few rows."""
-    optimizer = {"learning_rate": RATE, "sam": ARMS[arm]}
+    optimizer = raw["optimizer"] | {"sam": ARMS[arm]}
     setup = experiment.open_run(raw | {"optimizer": optimizer, "run": {"seed": seed}})
     rows = setup.data.train.spread(ROWS)
     return setup._replace(data=setup.data._replace(train=rows), loader=Loader(rows, BATCH, seed))
