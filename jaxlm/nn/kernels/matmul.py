@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.kernels.tiles import one_cpu_device
 from jaxlm.types import Array
 
 BACKENDS = ("own", "reference")
@@ -49,7 +50,41 @@ def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -
 
 
 def _product(x: Array, w: Array, transposed: bool) -> Array:
+    if x.size == x.shape[-1] and x.dtype.itemsize == 2 and one_cpu_device():
+        # A single row of low precision takes a scalar path in XLA's CPU compiler, six times slower than two rows.
+        twice = jnp.broadcast_to(x.reshape(1, -1), (2, x.size))
+        return _wide(twice, w, transposed)[:1].reshape(*x.shape[:-1], -1)
+    return _wide(x, w, transposed)
+
+
+def _wide(x: Array, w: Array, transposed: bool) -> Array:
     return _dot(x, w.astype(x.dtype), (x.ndim - 1,), (1 if transposed else 0,)).astype(x.dtype)
+
+
+def outer(a: Array, b: Array) -> Array:
+    """The sum over rows of outer products, `a^T b`: [..., M], [..., N] -> [M, N] in float32.
+
+    On CPU a product whose left operand is to be read by columns misses XLA's fast kernels: in bfloat16 always, which
+    then costs twice the time or more, in float32 where M is a large power of two, a quarter more. There one operand,
+    the narrower, is laid out anew first.
+    """
+    m, n = a.shape[-1], b.shape[-1]
+    rows = tuple(range(a.ndim - 1))
+    low_precision = a.dtype.itemsize == 2
+    if not one_cpu_device() or not (low_precision or (m % 512 == 0 and m > n)):
+        return _dot(a, b, rows, rows)
+    a, b = a.reshape(-1, m), b.reshape(-1, n)
+    # XLA would undo a plain transpose, of an operand as of the result; before the latter only a barrier stops it, and
+    # a bfloat16 product changed so late fails when it runs.
+    if low_precision and m <= 2 * n:
+        return jax.lax.optimization_barrier(_dot(_turned(a), b, (1,), (0,)))
+    return jax.lax.optimization_barrier(_dot(_turned(b), a, (1,), (0,))).T
+
+
+def _turned(x_TxM: Array) -> Array:
+    """The transpose, [M, T], in two parts: that is no transpose to XLA, which therefore leaves it as it is."""
+    half = x_TxM.shape[0] // 2
+    return jnp.concatenate([x_TxM[:half].T, x_TxM[half:].T], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -63,10 +98,9 @@ def _forward(transposed: bool, x: Array, w: Array) -> tuple[Array, tuple[Array, 
 
 def _backward(transposed: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    rows = tuple(range(x.ndim - 1))
     dy = dy.astype(x.dtype)
     dx = _dot(dy, w.astype(x.dtype), (x.ndim - 1,), (0 if transposed else 1,))
-    dw = _dot(dy, x, rows, rows) if transposed else _dot(x, dy, rows, rows)
+    dw = outer(dy, x) if transposed else outer(x, dy)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

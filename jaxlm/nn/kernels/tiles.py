@@ -55,7 +55,7 @@ def form_of(q: Array, k: Array, mask: AttentionMask, scale: float, softcap: floa
     side = short if reach <= SHORT and (mask.causal or mask.window) else long
     blocks = (_block(n_queries, side), _block(n_keys, DECODE[1] if n_queries <= DECODE[0] else side))
     slots = (batch, groups)
-    if _one_cpu_device() and n_queries > DECODE[0]:
+    if one_cpu_device() and n_queries > DECODE[0]:
         room = max(1, TILE // (max(blocks[0] * (heads // groups), width) * blocks[1]))
         fit = _largest_divisor(groups, room)
         slots = (_largest_divisor(batch, room // groups) if fit == groups else 1, fit)
@@ -72,8 +72,8 @@ def _largest_divisor(number: int, most: int) -> int:
     return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(1, most))
 
 
-def _one_cpu_device() -> bool:
-    """Whether cutting the axes of rows and heads moves nothing between devices, and helps."""
+def one_cpu_device() -> bool:
+    """Whether the program is for a single CPU device, where cutting and laying out anew moves nothing elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count() if mesh.empty else mesh.size
     return devices == 1 and jax.default_backend() == "cpu"
