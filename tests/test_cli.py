@@ -13,6 +13,7 @@ import pytest
 import jaxlm
 from jaxlm import cli
 from jaxlm.cli import COMMANDS, main, train
+from jaxlm.training.checkpoint import SaveFailed
 
 
 def run(capsys, *arguments):
@@ -94,6 +95,11 @@ ERRORS = {
         RuntimeError("step 5: loss not finite; state saved"),
         1,
         "step 5: loss not finite; state saved",
+    ),
+    "failure of a room": (
+        SaveFailed("runs/x: could not be saved; free space"),
+        1,
+        "runs/x: could not be saved; free space",
     ),
     "disk": (OSError(28, "No space left on device", "/x"), 1, "/x: no space left on device; check the path"),
     "not foreseen": (KeyError("name"), 1, "KeyError: 'name'"),

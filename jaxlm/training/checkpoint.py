@@ -222,7 +222,10 @@ class Checkpoints:
             step_directory.remove_leftovers(self.directory)
         last = max(self.steps(), default=None)
         intact = "no step has been saved" if last is None else f"step {last} is the last good one"
-        return SaveFailed(f"{root}: could not be saved: {step_reading.reason(error)}; {intact}")
+        return SaveFailed(
+            f"{root}: could not be saved: {step_reading.reason(error)}; {intact}; "
+            "mend the cause, then the same command again goes on from there"
+        )
 
 
 def read(directory: str | Path, report: Report, fields: Sequence[str] = ("params",)) -> Restored:
