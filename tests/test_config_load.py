@@ -93,6 +93,8 @@ REFUSED = {
     "heads": ("model: {n_heads: 3}", "model.d_model: 256 is not a multiple of model.n_heads 3"),
     "key/value heads": ("model: {n_kv_heads: 3}", "model.n_heads: 4 is not a multiple of model.n_kv_heads 3"),
     "base": ("mup: {base: {d_model: 30}}", "mup.base.d_model: 30 is not a multiple of mup.base.n_heads 4"),
+    "experts per token": ("model: {moe: {experts: 2, top_k: 3}}", "model.moe.top_k: 3 is not in 1..2"),
+    "wavelengths": ("model: {rope: {theta: -1}}", "model.rope.theta: expected a number above 0, got -1"),
     "nothing to train": ("quantize: nf4", "quantize: nf4 freezes the model, and lora is null"),
     "context": ("mesh: {context: 3}", "data.sequence_length: 256 is not a multiple of mesh.context 3"),
     "a key twice": ("run:\n  seed: 1\n  seed: 2", "run.yaml:3: not valid YAML, seed stands here twice"),

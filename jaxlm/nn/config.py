@@ -34,15 +34,15 @@ class RopeConfig:
       short_factor, long_factor: per-frequency divisors of `longrope`.
     """
 
-    theta: float = 10000.0
+    theta: Above0 = 10000.0
     kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
-    factor: float | None = None
-    partial: float = 1.0
-    original_length: int | None = None
-    low_factor: float = 1.0
-    high_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Above0 | None = None
+    partial: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    original_length: Count | None = None
+    low_factor: Above0 = 1.0
+    high_factor: Above0 = 4.0
+    beta_fast: Above0 = 32.0
+    beta_slow: Above0 = 1.0
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
@@ -244,4 +244,6 @@ class ModelConfig:
         if self.layer_types is not None and "sliding" in self.layer_types and self.window is None:
             raise ValueError("model.window: null, but model.layer_types has sliding layers; set the window's width")
         if self.moe is not None and not 1 <= self.moe.top_k <= self.moe.experts:
-            raise ValueError(f"model.moe.top_k: {self.moe.top_k} is not in 1..{self.moe.experts} (model.moe.experts)")
+            raise ValueError(
+                f"model.moe.top_k: {self.moe.top_k} is not in 1..{self.moe.experts} (model.moe.experts); change one"
+            )
