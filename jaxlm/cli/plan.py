@@ -11,11 +11,14 @@ from jaxlm.cli.command import Command, config_argument, overrides_argument
 def command(config: str, overrides: tuple[str, ...]) -> None:
     """Show what a run of CONFIG needs, before it is run.
 
-    Parameters, FLOPs, memory per device, and each leaf's initial scale, learning rate and weight decay. Writes nothing.
+    Parameters, FLOPs, memory per device, and each leaf's initial scale, learning rate and weight decay. Writes
+    nothing. Ends with 2 where more memory is needed than train.memory_limit.
     """
     from jaxlm.config import load
 
     settings = load(config, overrides)
-    from jaxlm.training.plan import describe
+    from jaxlm.training import plan
 
-    click.echo(describe(settings))
+    found = plan.make_plan(settings)
+    click.echo(plan.text(found))
+    plan.refuse(settings, found.memory)

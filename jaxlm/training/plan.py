@@ -47,11 +47,6 @@ class Plan(NamedTuple):
     attention: str
 
 
-def describe(config: "RunConfig", compiled: bool = True) -> str:
-    """The plan of a run as text; see `make_plan`."""
-    return text(make_plan(config, compiled))
-
-
 def make_plan(config: "RunConfig", compiled: bool = True) -> Plan:
     """Plan a run on as many devices as its mesh asks for; without them, on simulated ones.
 
@@ -116,8 +111,12 @@ def check_limit(config: "RunConfig", program: Program, frozen: Variables) -> Non
     Raises:
       ValueError: with the parts of the estimate.
     """
+    refuse(config, memory(config, program, frozen))
+
+
+def refuse(config: "RunConfig", needed: Memory) -> None:
+    """`check_limit` of an estimate that is there already."""
     limit = config.train.memory_limit
-    needed = memory(config, program, frozen)
     if limit is not None and needed.total > limit * GB:
         raise ValueError(
             f"train.memory_limit: {limit:g} GB, but the run needs {_size(needed.total)} per device ({_parts(needed)}); "

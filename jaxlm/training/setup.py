@@ -128,6 +128,8 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
     train = config.train
     meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
     meshes.check_model(mesh.shape, cfg)
+    if config.lora is not None:
+        raise ValueError("lora: adapters are not trained yet, only read; set lora to null")
     if cfg.moe is not None and cfg.moe.balance != "none":
         raise ValueError(
             f"model.moe.balance: {cfg.moe.balance} is not trained yet, only measured; set model.moe.balance to none"
@@ -199,7 +201,8 @@ def make_compute(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Compute:
     """Run-time choices, with what the configuration leaves open decided by platform and depth."""
     train, platform = config.train, mesh.devices.flat[0].platform
     # Unrolled, the gathers of the forward and the backward pass are merged: whole weights would stay on every device.
-    scan = cfg.N >= SCAN_FROM.get(platform, 0) or mesh.shape["fsdp"] > 1
+    # And XLA on CPU merges what is computed again with what was computed before, so that remat would save nothing.
+    scan = cfg.N >= SCAN_FROM.get(platform, 0) or mesh.shape["fsdp"] > 1 or train.remat != "none"
     return Compute(
         dtype=train.dtype or ("float32" if platform == "cpu" else "bfloat16"),
         remat=train.remat,
@@ -241,7 +244,7 @@ def identity(config: "RunConfig", data: Data) -> dict[str, Any]:
     return {
         "config": msgspec.to_builtins(config),
         "tokenizer": data.tokenizer.sha256,
-        "data": data.train.identity | {"train.batch_size": config.train.batch_size},
+        "data": data.train.identity,
         "base": None,
     }
 
