@@ -32,6 +32,7 @@ def changed(field, value):
         ("data.path", "other.txt"),
         ("data.sequence_length", 64),
         ("run.seed", 1),
+        ("train.batch_size", 4),
         ("objective.kind", "dpo"),
         ("optimizer.name", "lion"),
         ("lora", {"r": 8}),

@@ -162,8 +162,8 @@ class Run:
             last = max(self.checkpoints.steps(), default=None)
             kept = "nothing was saved yet" if last is None else f"the state of step {last} is saved"
             raise RuntimeError(
-                f"loss: not finite for {self.recorder.skips} steps in a row, up to step {step}; {kept}; "
-                "lower optimizer.learning_rate or look at the data, then run again"
+                f"loss: not finite, or its gradient, for {self.recorder.skips} steps in a row, up to step {step}; "
+                f"{kept}; lower optimizer.learning_rate or look at the data, then run again"
             )
 
     def _evaluate(self, step: int) -> float:

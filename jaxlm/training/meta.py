@@ -12,6 +12,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 CONFIG_FIELDS = (
     "model", "data", "run.seed", "objective.kind", "optimizer.name", "lora", "mup", "quantize",
+    "train.batch_size",
 )  # fmt: skip
 """Settings that decide what the saved state means; all others may change between two starts of a run."""
 

@@ -58,7 +58,9 @@ class Recorder:
             timing["memory"] = memory
         self._write(row, {"step": step, **timing})
         if self.skips:
-            self._progress.message(f"step {step}: loss {row['loss']}, not finite; the update is skipped")
+            self._progress.message(
+                f"step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}: not finite; the update is skipped"
+            )
         self._progress.step(step, {**row, **timing})
         return row["loss"]
 
