@@ -96,7 +96,7 @@ def _ring_forward(form: Form, kinds: tuple[bool, int | None], q: Array, k: Array
         (o, lse), keys = carry
         keys = _pass_on(keys)
         mask = _mask_after(kinds, index, q.shape[1], None if ids is None else (own_ids, keys[2]))
-        return _merge((o, lse), forward(form, q, *keys[:2], mask)), keys
+        return _merge((o, lse), forward(form, q, keys[0], keys[1], mask)), keys
 
     o, lse = forward(form, q, k, v, _mask_after(kinds, 0, q.shape[1], ids))
     first = ((o.astype(jnp.float32), lse), (k, v, key_ids))

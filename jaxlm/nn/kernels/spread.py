@@ -40,8 +40,8 @@ def spread_attention(
         offset = jnp.asarray(offset, jnp.int32)
     same = q.shape[1] == k.shape[1]
 
-    def share(q: Array, k: Array, v: Array, ids_q: Array | None, ids_k: Array | None, offset: Array | None) -> Array:
-        offset = mask.q_offset if offset is None else offset
+    def share(q: Array, k: Array, v: Array, ids_q: Array | None, ids_k: Array | None, given: Array | None) -> Array:
+        offset = mask.q_offset if given is None else given
         if jax.lax.axis_size(POSITIONS) > 1 and gather:
             ids_k = ids_q if ids_k is None else ids_k
             k, v, ids_k = (None if x is None else jax.lax.all_gather(x, POSITIONS, axis=1, tiled=True)
