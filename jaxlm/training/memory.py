@@ -7,7 +7,7 @@ import jax
 
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
-from jaxlm.objectives.cross_entropy import CHUNK
+from jaxlm.objectives.cross_entropy import chunk_rows
 from jaxlm.types import Tree
 
 GB = 1e9
@@ -90,5 +90,5 @@ def activation_bytes(cfg: ModelConfig, compute: Compute, load: Load, tensor: int
 
 def logits_bytes(cfg: ModelConfig, load: Load, tensor: int = 1) -> int:
     """Bytes of one chunk of float32 logits and of its gradient."""
-    rows = load.rows * max(1, min(load.positions, CHUNK // load.rows))
+    rows = load.rows * max(1, min(load.positions, chunk_rows() // load.rows))
     return 2 * 4 * rows * cfg.V // tensor
