@@ -16,7 +16,7 @@ from jaxlm.nn.kernels.blockwise import EMPTY, backward, delta_of, forward
 from jaxlm.nn.kernels.masks import AttentionMask, complete
 from jaxlm.nn.kernels.reference import FAR_BELOW
 from jaxlm.nn.kernels.spread import spread_attention
-from jaxlm.nn.kernels.tiles import Form, form_of
+from jaxlm.nn.kernels.tiles import Form, form_of, restored, stored
 from jaxlm.types import Array
 
 
@@ -73,7 +73,8 @@ def _kind() -> AxisType | None:
 def _pass_on(x):
     """To the next device of the ring."""
     n = jax.lax.axis_size(POSITIONS)
-    return jax.tree.map(lambda y: jax.lax.ppermute(y, POSITIONS, [(i, (i + 1) % n) for i in range(n)]), x)
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    return jax.tree.map(lambda y: restored(jax.lax.ppermute(stored(y), POSITIONS, ring), y.dtype), x)
 
 
 def _mask_after(kinds: tuple[bool, int | None], hops: Array | int, length: int, ids) -> AttentionMask:

@@ -189,7 +189,7 @@ class Operands(NamedTuple):
 def stored(x: Array) -> Array:
     """How arrays are kept between visits: on CPU, 16-bit floats as their bits.
 
-    XLA's CPU compiler computes slices and updates of 16-bit floats in float32, and converts the whole array for it.
+    XLA's CPU compiler computes slices, updates and sends of 16-bit floats in float32, and converts whole arrays for it.
     """
     if jax.default_backend() == "cpu" and x.dtype.itemsize == 2:
         return jax.lax.bitcast_convert_type(x, jnp.uint16)
