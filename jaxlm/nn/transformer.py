@@ -150,8 +150,8 @@ def _logits(
 def _checked(name: str, values: Array, tokens: Array, vocabulary: int) -> Array:
     """int32 [B, L]; ids are looked at unless they are being traced. Out of range, a gather would clip in silence."""
     array = jnp.asarray(values, jnp.int32)
-    if array.ndim != 2 or array.shape != jnp.shape(tokens):
-        raise ValueError(f"{name}: shape {array.shape}, tokens {jnp.shape(tokens)}; give integers [B, L] for all")
+    if array.ndim != 2 or array.shape != np.shape(tokens):
+        raise ValueError(f"{name}: shape {array.shape}, tokens {np.shape(tokens)}; give integers [B, L] for all")
     if name == "tokens" and not isinstance(array, jax.core.Tracer):
         wrong = np.argwhere((np.asarray(array) < 0) | (np.asarray(array) >= vocabulary))
         if wrong.size:
