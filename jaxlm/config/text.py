@@ -5,7 +5,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,8 +23,6 @@ _NULL = re.compile(r"(?:~|null|Null|NULL|)$")
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars (1e-3 is a number; yes, on and dates are text); no key twice in one mapping, no aliases."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_yaml_int(self, node: Any) -> int:
         return int(self.construct_scalar(node).replace("_", ""), 0 if "x" in node.value else 10)
@@ -45,6 +43,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key} stands here twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):
