@@ -217,7 +217,8 @@ def test_a_file_that_cannot_grow_is_reported_and_the_run_can_save_again(tmp_path
     process = run(SAVE_TOO_MUCH, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=90)
     assert err == ""
-    assert out == f"{tmp_path}/2: could not be saved: file too large; step 1 is the last good one\n"
+    advice = "mend the cause, then the same command again goes on from there"
+    assert out == f"{tmp_path}/2: could not be saved: file too large; step 1 is the last good one; {advice}\n"
     assert process.returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
     assert_is_step(restore(tmp_path, []), 3)
