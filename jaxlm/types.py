@@ -69,11 +69,17 @@ class Output(NamedTuple):
 
 
 Apply = Callable[..., Output]
-"""`apply(variables, tokens, *, positions=None, segments=None, key=None) -> Output`; without a key, without dropout."""
+"""`apply(variables, tokens, *, model="policy", positions=None, segments=None, key=None) -> Output`; without a key,
+without dropout. `model` names whose architecture it is: the trained one's, or another that the objective asked for."""
+
+
+def no_trees(models: Any, key: Array) -> Variables:
+    """The `init` of objectives that train nothing but the model."""
+    return {}
 
 
 class Objective(NamedTuple):
-    """Three pure functions; together they define what a step minimises.
+    """Pure functions; together they define what a step minimises.
 
     Attributes:
       prepare: `(apply, params, frozen, batch, key) -> batch`. Once a step, without gradient: adds what needs the
@@ -81,8 +87,12 @@ class Objective(NamedTuple):
       weights: `(batch) -> {term: scalar}`. The normalisers of the whole step's batch, from masks alone.
       loss: `(apply, params, frozen, batch, weights, key) -> (scalar, metrics)`. What one microbatch contributes:
         sums over its rows divided by the step's weights, so that contributions of microbatches and devices add up.
+        Metrics add up likewise; of those whose last word begins with `min_` or `max_` the least or largest is taken.
+      init: `(models, key) -> {collection: tree}`. Fresh trees of its own (a value head), trained along; `models` maps
+        names (`policy`, `teacher`) to architectures.
     """
 
     prepare: Callable[..., Batch]
     weights: Callable[[Batch], dict[str, Array]]
     loss: Callable[..., tuple[Array, dict[str, Array]]]
+    init: Callable[..., Variables] = no_trees

@@ -11,11 +11,21 @@ from jaxlm.objectives.config import ObjectiveConfig
 if TYPE_CHECKING:
     from jaxlm.types import Objective
 
-OBJECTIVES = {"next_token": "jaxlm.objectives.next_token:next_token"}
+OBJECTIVES = {
+    "next_token": "jaxlm.objectives.next_token:next_token",
+    "sft": "jaxlm.objectives.next_token:supervised",
+}
 """Kind -> `module:function`, the function from its configuration to the objective."""
 
 
 def make(config: ObjectiveConfig) -> "Objective":
-    """The objective that the configuration's kind names."""
+    """The objective that the configuration's kind names.
+
+    Raises:
+      ValueError: there is none of that kind.
+    """
+    if config.kind not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise ValueError(f"objective.kind: {config.kind} cannot be trained; the known ones are {known}")
     module, _, function = OBJECTIVES[config.kind].partition(":")
     return getattr(importlib.import_module(module), function)(config)

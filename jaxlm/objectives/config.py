@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 import msgspec
 
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Above0 = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Reference = Literal["adapter-off", "copy", "precomputed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,5 +38,174 @@ class NextTokenConfig(ObjectiveConfig):
     label_smoothing: Share = 0.0
 
 
-KINDS: dict[str, type[ObjectiveConfig]] = {"next_token": NextTokenConfig}
+@dataclasses.dataclass(frozen=True)
+class SftConfig(ObjectiveConfig):
+    """Cross-entropy of the labels of prompt and completion, of chats, of instructions.
+
+    Attributes:
+      label_smoothing: as in next_token.
+    """
+
+    kind: Literal["sft"] = "sft"
+    label_smoothing: Share = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(ObjectiveConfig):
+    """A student imitates a teacher: `kd_weight * divergence + (1 - kd_weight) * cross-entropy` on the labels.
+
+    Attributes:
+      teacher: a Hugging Face or run directory with the same tokenizer.
+      loss: the divergence. `hinton` is forward KL at a temperature, times its square (1503.02531).
+      temperature: divides the logits of both.
+      kd_weight: 0 is the student alone.
+      beta: weight of the teacher in the mixture of `jsd` (GKD, 2306.13649).
+      skew: weight of the teacher in the mixture of `skew_kl` (2402.03898).
+    """
+
+    kind: Literal["distill"] = "distill"
+    teacher: str = ""
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "hinton"] = "forward_kl"
+    temperature: Above0 = 1.0
+    kd_weight: Ratio = 0.5
+    beta: Ratio = 0.5
+    skew: Ratio = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig(ObjectiveConfig):
+    """Direct preference optimisation (2305.18290) and its relatives, by TRL's names.
+
+    Attributes:
+      loss: what is minimised of the margin between chosen and rejected.
+      beta: strength of the pull to the reference.
+      label_smoothing: share of preferences taken to be wrong, for `cdpo` and `robust`.
+      reference: what log-probabilities are compared with: the base without adapters, a frozen copy, or values written
+        to a cache before training. Null is `adapter-off` with adapters, else `copy`.
+    """
+
+    kind: Literal["dpo"] = "dpo"
+    loss: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "cdpo"] = "sigmoid"
+    beta: Above0 = 0.1
+    label_smoothing: Share = 0.0
+    reference: Reference | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpoConfig(ObjectiveConfig):
+    """Reference-free preferences on length-normalised log-probabilities (2405.14734).
+
+    Attributes:
+      beta: scale of the reward.
+      gamma: margin, in units of reward.
+    """
+
+    kind: Literal["simpo"] = "simpo"
+    beta: Above0 = 2.0
+    gamma: NotNegative = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OrpoConfig(ObjectiveConfig):
+    """Likelihood of the chosen plus an odds-ratio penalty (2403.07691).
+
+    Attributes:
+      beta: weight of the penalty.
+    """
+
+    kind: Literal["orpo"] = "orpo"
+    beta: Above0 = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class KtoConfig(ObjectiveConfig):
+    """Desirable and undesirable completions, not in pairs (2402.01306).
+
+    Attributes:
+      beta: strength of the pull to the reference.
+      desirable_weight, undesirable_weight: of the two kinds of rows.
+      reference: as in dpo.
+    """
+
+    kind: Literal["kto"] = "kto"
+    beta: Above0 = 0.1
+    desirable_weight: NotNegative = 1.0
+    undesirable_weight: NotNegative = 1.0
+    reference: Reference | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig(ObjectiveConfig):
+    """A scalar head that ranks chosen above rejected (Bradley-Terry).
+
+    Attributes:
+      center: weight of mean((r_chosen + r_rejected)^2), which keeps rewards around 0; null is off.
+    """
+
+    kind: Literal["reward"] = "reward"
+    center: Above0 | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig(ObjectiveConfig):
+    """Policy gradients with advantages relative to a group of completions of one prompt (2402.03300).
+
+    Attributes:
+      variant: how token losses are averaged, and whether advantages are divided by the group's deviation.
+      group_size: completions per prompt.
+      beta: weight of the KL divergence from the reference.
+      epsilon: clip of the probability ratio.
+      rewards: `path/file.py:function` each, or directories of reward models; they are added up.
+      max_new_tokens, temperature: of the rollouts.
+      epochs: gradient passes over one rollout.
+      reference: as in dpo; only used where beta is not 0.
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    variant: Literal["grpo", "bnpo", "dapo", "dr_grpo", "rloo"] = "grpo"
+    group_size: Annotated[int, msgspec.Meta(ge=2)] = 8
+    beta: NotNegative = 0.0
+    epsilon: Above0 = 0.2
+    rewards: tuple[str, ...] = ()
+    max_new_tokens: Count = 64
+    temperature: Above0 = 1.0
+    epochs: Count = 1
+    reference: Reference | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig(ObjectiveConfig):
+    """Proximal policy optimisation against a reward, with a KL penalty per token (1707.06347, 2203.02155).
+
+    Attributes:
+      kl_coef: weight of the KL penalty in the reward.
+      epsilon: clip of the probability ratio and of the value.
+      gamma, lam: discount and smoothing of the advantages (GAE, 1506.02438).
+      rewards, max_new_tokens, temperature, epochs, reference: as in grpo.
+    """
+
+    kind: Literal["ppo"] = "ppo"
+    kl_coef: NotNegative = 0.05
+    epsilon: Above0 = 0.2
+    gamma: Ratio = 1.0
+    lam: Ratio = 0.95
+    rewards: tuple[str, ...] = ()
+    max_new_tokens: Count = 64
+    temperature: Above0 = 1.0
+    epochs: Count = 1
+    reference: Reference | None = None
+
+
+KINDS: dict[str, type[ObjectiveConfig]] = {
+    "next_token": NextTokenConfig,
+    "sft": SftConfig,
+    "distill": DistillConfig,
+    "dpo": DpoConfig,
+    "simpo": SimpoConfig,
+    "orpo": OrpoConfig,
+    "kto": KtoConfig,
+    "reward": RewardConfig,
+    "grpo": GrpoConfig,
+    "ppo": PpoConfig,
+}
 """The settings of each kind of objective."""

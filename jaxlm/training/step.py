@@ -24,6 +24,7 @@ class State(NamedTuple):
       params: the trained trees by collection, float32.
       opt_state: of the optimiser chain.
       ema: exponential moving average of params, or None.
+      extra: collections that a step changes without a gradient (`moe_state`).
     """
 
     step: Array
@@ -31,6 +32,7 @@ class State(NamedTuple):
     params: Variables
     opt_state: Tree
     ema: Variables | None
+    extra: Variables
 
 
 class Recipe(NamedTuple):
@@ -45,6 +47,7 @@ class Recipe(NamedTuple):
       ema: decay of the moving average, or None.
       seed: of all randomness.
       sam: for perturbations of single microbatches, which are made here; those of the batch are in the chain.
+      passes: updates on the same batch within a step; metrics are means over them.
     """
 
     objective: Objective
@@ -55,13 +58,14 @@ class Recipe(NamedTuple):
     ema: float | None = None
     seed: int = 0
     sam: SamConfig | None = None
+    passes: int = 1
 
 
-def init_state(recipe: Recipe, params: Variables) -> State:
+def init_state(recipe: Recipe, params: Variables, extra: Variables | None = None) -> State:
     """The state before the first step; pure, so it can be built under `jit(out_shardings=...)`."""
     zero = jnp.zeros((), jnp.int32)
     ema = None if recipe.ema is None else jax.tree.map(jnp.copy, params)
-    return State(zero, zero, params, recipe.optimizer.init(params), ema)
+    return State(zero, zero, params, recipe.optimizer.init(params), ema, extra or {})
 
 
 def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) -> tuple[State, Metrics]:
@@ -81,8 +85,23 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
       those of the objective. They belong to the parameters before the update.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    batch = jax.lax.stop_gradient(recipe.objective.prepare(recipe.apply, state.params, frozen, batch, key))
-    gradient = accumulated(recipe, frozen, batch, key)
+    known = {**frozen, **state.extra}
+    batch = jax.lax.stop_gradient(recipe.objective.prepare(recipe.apply, state.params, known, batch, key))
+    if recipe.passes == 1:
+        state, metrics = update(recipe, state, frozen, batch, key)
+    else:
+
+        def one(state: State, index: Array) -> tuple[State, Metrics]:
+            return update(recipe, state, frozen, batch, jax.random.fold_in(key, index))
+
+        state, stacked = jax.lax.scan(one, state, jnp.arange(recipe.passes))
+        metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), stacked)
+    return state._replace(step=state.step + 1), metrics | {"step_tokens": input_tokens(batch)}
+
+
+def update(recipe: Recipe, state: State, frozen: Variables, batch: Batch, key: Array) -> tuple[State, Metrics]:
+    """One update on a prepared batch; the state's `step` stays. Arguments and metrics as in `train_step`."""
+    gradient = accumulated(recipe, {**frozen, **state.extra}, batch, key)
     loss, metrics, grads = gradient(state.params)
     norm = optax.tree.norm(grads)
 
@@ -91,12 +110,8 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
         return value, grads
 
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params, grad_fn=grad_fn, value=loss)
-    new = State(
-        step=state.step,
-        applied=state.applied + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        ema=None,
+    new = state._replace(
+        applied=state.applied + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
     )
     if recipe.ema is not None:
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1.0 - recipe.ema))
@@ -108,9 +123,8 @@ def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) ->
         "grad_norm": norm,
         "learning_rate": recipe.schedule(state.applied),
         "skipped": 1.0 - finite.astype(jnp.float32),
-        "step_tokens": input_tokens(batch),
     }
-    return new._replace(step=state.step + 1), metrics
+    return new, metrics
 
 
 def input_tokens(batch: Batch) -> Array:
@@ -142,10 +156,32 @@ def accumulated(
     def every(params: Variables) -> tuple[Array, Metrics, Variables]:
         def body(total: Tree, part: tuple[Batch, Array]) -> tuple[Tree, None]:
             rows, index = part
-            return jax.tree.map(jnp.add, total, one(params, rows, jax.random.fold_in(key, index))), None
+            return _added(total, one(params, rows, jax.random.fold_in(key, index))), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, first, key))
-        return jax.lax.scan(body, zero, (parts, jnp.arange(recipe.accumulation)))[0]
+        nothing = _nothing(jax.eval_shape(one, params, first, key))
+        return jax.lax.scan(body, nothing, (parts, jnp.arange(recipe.accumulation)))[0]
 
     return every
+
+
+Parts = tuple[Array, Metrics, Variables]
+
+
+def _extreme(name: str) -> str:
+    """`min_` or `max_` where a metric is no sum."""
+    last = name.rpartition("/")[2]
+    return last[:4] if last[:4] in ("min_", "max_") else ""
+
+
+def _nothing(like: Parts) -> Parts:
+    """What microbatches are added to: loss, metrics and gradient of no rows."""
+    loss, metrics, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    start = {"": 0.0, "min_": jnp.inf, "max_": -jnp.inf}
+    return loss, {name: value + start[_extreme(name)] for name, value in metrics.items()}, grads
+
+
+def _added(total: Parts, part: Parts) -> Parts:
+    combine = {"": jnp.add, "min_": jnp.minimum, "max_": jnp.maximum}
+    metrics = {name: combine[_extreme(name)](value, part[1][name]) for name, value in total[1].items()}
+    return total[0] + part[0], metrics, jax.tree.map(jnp.add, total[2], part[2])
