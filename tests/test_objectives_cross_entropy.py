@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlm.dist.collectives import collectives
 from jaxlm.nn.kernels import matmul as products
-from jaxlm.objectives.cross_entropy import chunk_rows, cross_entropy, row_groups, token_log_probs, token_statistics
+from jaxlm.objectives.chunks import chunk_rows, row_groups
+from jaxlm.objectives.cross_entropy import cross_entropy, token_log_probs, token_statistics
 from jaxlm.types import Head
 
 

@@ -7,7 +7,7 @@ import jax
 
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
-from jaxlm.objectives.cross_entropy import chunk_rows
+from jaxlm.objectives.chunks import chunk_rows
 from jaxlm.types import Tree
 
 GB = 1e9
