@@ -1,6 +1,22 @@
 """Where the text comes from and how it is cut into rows: the `data` section of a configuration."""
 
 import dataclasses
+from typing import Annotated
+
+import msgspec
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """General text beside the data of a task. Its held-out part is evaluated too: `eval/general/...`.
+
+    Attributes:
+      path: running text, of the kinds of `data.path`. Null: the embedded corpus.
+      ratio: share of the rows of training that are general; 0 only evaluates.
+    """
+
+    path: str | None = None
+    ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +32,8 @@ class DataConfig:
       tokenizer: a tokenizer.json or a folder with one. Null: the model's, else one trained on the data.
       packing: row data only: several examples share a row, kept apart by segments.
       text_field: the column that holds running text.
+      template: the chat template of rows with messages, by name. Null: the one beside the tokenizer.
+      mixture: general text mixed in, to limit forgetting and to measure it; null is none.
     """
 
     path: str | None = None
@@ -25,6 +43,8 @@ class DataConfig:
     tokenizer: str | None = None
     packing: bool = False
     text_field: str = "text"
+    template: str | None = None
+    mixture: MixtureConfig | None = None
 
     def validate(self) -> None:
         """Raise ValueError, naming the field, for a value that cannot be."""

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import queue
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxlm.data.dataset import Dataset, NumpyBatch
+from jaxlm.data.mixture import Mixture
 
 T = TypeVar("T")
 
@@ -27,8 +29,9 @@ T = TypeVar("T")
 class Loader:
     """The batches of a training run.
 
-    Every epoch is a shuffle of all rows without replacement; a batch may reach over the end of an epoch. The row list
-    of a step is the same on all hosts, and host h of H reads rows[h::H].
+    Every epoch is a shuffle of all rows without replacement; a batch may reach over the end of an epoch. The two parts
+    of a mixture are shuffled each by itself. The row list of a step is the same on all hosts, and host h of H reads
+    rows[h::H].
 
     Attributes:
       dataset: the rows.
@@ -63,9 +66,18 @@ class Loader:
             raise ValueError(f"run.seed: {self.seed} is not in [0, 2^32); choose another")
 
     @functools.cached_property
-    def _order(self) -> Any:
+    def _orders(self) -> list[Any]:
+        """Endless shuffles of the rows, of each part of a mixture one."""
         grain = importlib.import_module("grain")
-        return grain.MapDataset.range(len(self.dataset)).seed(self.seed).shuffle().repeat()
+        rows = self.dataset.rows
+        cuts = [0, len(rows.task), len(rows)] if isinstance(rows, Mixture) else [0, len(rows)]
+        return [grain.MapDataset.range(*cut).seed(self.seed).shuffle().repeat() for cut in itertools.pairwise(cuts)]
+
+    def _row(self, index: int) -> int:
+        """The row that is drawn as number `index` since the start of the run."""
+        rows = self.dataset.rows
+        part, index = rows.draw(index) if isinstance(rows, Mixture) else (0, index)
+        return self._orders[part][index]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -75,7 +87,7 @@ class Loader:
     def rows(self, step: int) -> np.ndarray:
         """int64 [batch_size]: the rows of step `step` (from 0), over all hosts."""
         start = step * self.batch_size
-        return np.array([self._order[index] for index in range(start, start + self.batch_size)], np.int64)
+        return np.array([self._row(index) for index in range(start, start + self.batch_size)], np.int64)
 
     def batch(self, step: int) -> NumpyBatch:
         """This host's rows of the step: arrays [batch_size / hosts, L], see `types.Batch`."""

@@ -1,15 +1,17 @@
 """From the `data` section to a tokenizer and two sets of rows: the one door that training and evaluation use."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm.data.bins import VALIDATION, Bins, check_ids, is_bins, open_bins
-from jaxlm.data.config import DataConfig
+from jaxlm.data.config import DataConfig, MixtureConfig
 from jaxlm.data.corpus import docstring_tasks
 from jaxlm.data.dataset import Dataset, Rows
+from jaxlm.data.mixture import Mixture, label_share, mixed
 from jaxlm.data.packing import Examples, RunningRows, rows_of
 from jaxlm.data.prepare import bins_tokenizer, prepared, sample, text_parts
 from jaxlm.data.sources import Record, content_hash, digest, is_plain_text, read_records
@@ -32,6 +34,7 @@ class Data(NamedTuple):
       train, validation: rows of the same length.
       token_bytes: int32 [V], UTF-8 bytes behind each token, for bits per byte.
       notes: what the user should be told: examples cut or dropped, a validation set that is not held out.
+      others: further held-out rows by name; evaluated as `eval/<name>/...`.
     """
 
     tokenizer: Tokenizer
@@ -39,6 +42,7 @@ class Data(NamedTuple):
     validation: Dataset
     token_bytes: np.ndarray
     notes: tuple[str, ...] = ()
+    others: Mapping[str, Dataset] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,25 @@ def open_data(
         loaded = load_tokenizer(config.tokenizer)
         tokenizer = loaded if loaded.eos_id is not None else dataclasses.replace(loaded, eos_id=given)
     request = _Request(config, kind, tokenizer, vocab_size, render)
-    return _open_running(request) if _is_running(config, kind) else _open_rows(request)
+    data = _open_running(request) if _is_running(config, kind) else _open_rows(request)
+    return data if config.mixture is None else _with_general(request, data, config.mixture)
+
+
+def _with_general(request: _Request, data: Data, mixture: MixtureConfig) -> Data:
+    """The data with general text mixed in, and its held-out part beside."""
+    plain = dataclasses.replace(
+        request.config, path=mixture.path, validation=None, tokenizer=None, packing=False, mixture=None
+    )
+    try:
+        general = open_data(plain, tokenizer=data.tokenizer, vocab_size=request.vocab_size)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("data.path", "data.mixture.path")) from None
+    train, notes = mixed(data.train, general.train, mixture.ratio), data.notes
+    if isinstance(train.rows, Mixture):
+        shares = f"{mixture.ratio:.0%} of the rows and about {label_share(train.rows):.0%} of the labels"
+        notes = (*notes, f"data.mixture: general text has {shares}")
+    others = {**data.others, "general": general.validation}
+    return data._replace(train=train, notes=notes, others=others)
 
 
 def _is_running(config: DataConfig, kind: str) -> bool:
