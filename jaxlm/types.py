@@ -60,12 +60,14 @@ class Output(NamedTuple):
       head: turns hidden states into logits; objectives apply it in chunks so that [B, L, V] never exists.
       aux: auxiliary losses and statistics by name (mixture-of-experts balance); scalars or arrays [N, ...].
       cache: the key/value cache after this call, or None.
+      states: what the call was asked to collect of every layer, by name: arrays [N, B, ...].
     """
 
     hidden: Array
     head: Head
     aux: dict[str, Array]
     cache: Any = None
+    states: dict[str, Array] = {}
 
 
 Apply = Callable[..., Output]

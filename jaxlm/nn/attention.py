@@ -11,6 +11,7 @@ from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.copies import fan_out
 from jaxlm.nn.kernels.attention import AttentionMask, attention
+from jaxlm.nn.kernels.reference import mean_attention
 from jaxlm.nn.kernels.spread import spread_attention
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.mlp import residual_init
@@ -36,7 +37,10 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention over x [B, L, D] with its norms; returns (y [B, L, D], cached (k, v) or None)."""
+    """Causal grouped-query attention over x [B, L, D] with its norms.
+
+    Returns y [B, L, D], the cached (k, v) or None, and what `compute.collect` asks for.
+    """
 
     cfg: ModelConfig
     compute: Compute
@@ -45,7 +49,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, context: Context, cached: tuple[Array, Array] | None = None
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array, tuple[Array, Array] | None, dict[str, Array]]:
         cfg = self.cfg
         if cfg.norm_placement != "post":
             x = make_norm(cfg, "norm")(x)
@@ -57,17 +61,16 @@ class Attention(nn.Module):
             cached = (kv.write(cached[0], k, context.index), kv.write(cached[1], v, context.index))
             k, v = kv.read(cached[0], x.dtype), kv.read(cached[1], x.dtype)
         scale = cfg.K**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-        attend = functools.partial(
-            attention,
-            scale=scale * cfg.attention_multiplier,
-            softcap=cfg.attention_softcap,
-            backend=self.compute.attention,
-        )
+        scale, softcap, mask = scale * cfg.attention_multiplier, cfg.attention_softcap, self._mask(context)
+        attend = functools.partial(attention, scale=scale, softcap=softcap, backend=self.compute.attention)
         gather = self.compute.attention != "ring"
-        mixed = spread_attention(attend, q, k, v, self._mask(context), gather=gather)
+        mixed = spread_attention(attend, q, k, v, mask, gather=gather)
         mixed = mixed.reshape(*x.shape[:-1], cfg.H * cfg.K)
         y = Linear(cfg.D, cfg.o_bias, residual_init(cfg), cfg.lora, inward=True, name="o")(mixed)
-        return (y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)), cached
+        kept = {}
+        if "attention" in self.compute.collect:
+            kept["attention"] = mean_attention(q, k, mask=mask, scale=scale, softcap=softcap)
+        return (y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)), cached, kept
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         cfg = self.cfg

@@ -15,7 +15,7 @@ BRANCH = "branch"
 
 
 class Block(nn.Module):
-    """x [B, L, D] -> (x [B, L, D], cached keys and values or None, auxiliary losses and statistics)."""
+    """x [B, L, D] -> (x [B, L, D], cached keys and values or None, auxiliary losses, statistics, what is collected)."""
 
     cfg: ModelConfig
     compute: Compute
@@ -26,13 +26,13 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, context: Context, cached: tuple[Array, Array] | None = None
     ) -> tuple[Array, tuple[Array, Array] | None, dict[str, Array]]:
-        mixed, cached = Attention(self.cfg, self.compute, self.layer_type, name="attn")(x, context, cached)
+        mixed, cached, kept = Attention(self.cfg, self.compute, self.layer_type, name="attn")(x, context, cached)
         if self.cfg.parallel_residual:
             fed, aux = self._feed(x, context)
-            return self._add(x, mixed + fed), cached, aux
+            return self._add(x, mixed + fed), cached, aux | kept
         x = self._add(x, mixed)
         fed, aux = self._feed(x, context)
-        return self._add(x, fed), cached, aux
+        return self._add(x, fed), cached, aux | kept
 
     def _feed(self, x: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         if self.sparse:

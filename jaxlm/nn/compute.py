@@ -27,6 +27,8 @@ class Compute:
       attention: a forced attention backend; None chooses by platform, shape and feature.
       constrain: places activations [B, L, D] on the mesh at layer boundaries.
       mesh: the device mesh, for kernels that communicate by themselves.
+      collect: what to keep of every layer besides: `hidden` is its output [B, L, D], `attention` who attends to whom,
+        mean over heads, float32 [B, L, S].
     """
 
     dtype: str = "float32"
@@ -35,3 +37,4 @@ class Compute:
     attention: str | None = None
     constrain: Callable[[Array], Array] = unconstrained
     mesh: Any = None
+    collect: tuple[str, ...] = ()

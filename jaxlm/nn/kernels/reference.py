@@ -1,10 +1,15 @@
 """Attention as the formula says it, with every score in memory: what the other forms are held to."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.kernels.masks import AttentionMask, allowed_BxLxS, complete
 from jaxlm.types import Array
+
+QUERIES = 128
+"""Queries whose scores `mean_attention` holds at a time."""
 
 FAR_BELOW = -1e30
 """Stands for minus infinity among scores: finite, so that a row without any key gives no NaN."""
@@ -34,6 +39,15 @@ def reference_attention(
     Returns:
       [B, L, H, K] in the dtype of `q`; 0 for queries that see no key.
     """
+    p = probabilities(q_BxLxHxK, k_BxSxGxK, mask=mask, scale=scale, softcap=softcap)
+    o = jnp.einsum("bgrls,bsgk->blgrk", p.astype(v_BxSxGxK.dtype), v_BxSxGxK, preferred_element_type=jnp.float32)
+    return o.reshape(q_BxLxHxK.shape).astype(q_BxLxHxK.dtype)
+
+
+def probabilities(
+    q_BxLxHxK: Array, k_BxSxGxK: Array, *, mask: AttentionMask, scale: float, softcap: float | None = None
+) -> Array:
+    """The softmax of `reference_attention`: float32 [B, G, H / G, L, S]; 0 for queries that see no key."""
     batch, n_queries, heads, width = q_BxLxHxK.shape
     groups = k_BxSxGxK.shape[2]
     mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
@@ -46,6 +60,33 @@ def reference_attention(
     top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
     p = jnp.where(allowed, jnp.exp(s - top), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
-    p = p / jnp.where(total == 0.0, 1.0, total)
-    o = jnp.einsum("bgrls,bsgk->blgrk", p.astype(v_BxSxGxK.dtype), v_BxSxGxK, preferred_element_type=jnp.float32)
-    return o.reshape(q_BxLxHxK.shape).astype(q_BxLxHxK.dtype)
+    return p / jnp.where(total == 0.0, 1.0, total)
+
+
+def mean_attention(
+    q_BxLxHxK: Array, k_BxSxGxK: Array, *, mask: AttentionMask, scale: float, softcap: float | None = None
+) -> Array:
+    """Who attends to whom, mean over heads: float32 [B, L, S]; 0 for queries that see no key.
+
+    The scores of `QUERIES` queries at a time are in memory, in the backward pass too. The queries are whole rows (no
+    cache). Arguments as in `reference_attention`.
+    """
+    mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
+    length = q_BxLxHxK.shape[1]
+    count = next(n for n in range(-(-length // QUERIES), length + 1) if length % n == 0)
+    size = length // count
+
+    @jax.checkpoint
+    def part(index: Array) -> Array:
+        start = index * size
+
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+
+        ids = None if mask.segments_BxL is None else cut(mask.segments_BxL)
+        here = dataclasses.replace(mask, segments_BxL=ids, q_offset=start)
+        p = probabilities(cut(q_BxLxHxK), k_BxSxGxK, mask=here, scale=scale, softcap=softcap)
+        return jnp.mean(p, axis=(1, 2))
+
+    parts = jax.lax.map(part, jnp.arange(count, dtype=jnp.int32))
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, length, k_BxSxGxK.shape[1])
