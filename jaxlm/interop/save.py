@@ -1,8 +1,6 @@
 """Configuration and parameters -> a Hugging Face model directory that appears whole or not at all."""
 
 import functools
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from jaxlm import tree
 from jaxlm.dist import multihost, place
 from jaxlm.interop import hf, names, safetensors
+from jaxlm.interop.directory import refuse_occupied, replacement, write_json
 from jaxlm.interop.fold import fold
 from jaxlm.interop.names import Target
 from jaxlm.interop.safetensors import NAMES, Tensor
@@ -64,7 +63,7 @@ def save(
     if set(variables) != {"params"}:
         extra = ", ".join(sorted(set(variables) ^ {"params"}))
         raise ValueError(f"variables: {extra}: only the parameters of a whole model can be saved yet")
-    _refuse_occupied(path)
+    refuse_occupied(path)
     source = _tokenizer_files(tokenizer)
     folds, plain_cfg = fold(cfg)
     family, written = hf.choose(plain_cfg, own_form)
@@ -75,20 +74,14 @@ def save(
         for tensor in tensors:
             tensor.make()
         return
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_json(temporary / "config.json", written | {"dtype": dtype, "torch_dtype": dtype})
-        _write_json(temporary / "generation_config.json", generation_config(cfg))
+    with replacement(path) as temporary:
+        write_json(temporary / "config.json", written | {"dtype": dtype, "torch_dtype": dtype})
+        write_json(temporary / "generation_config.json", generation_config(cfg))
         for name, file in source.items():
             shutil.copyfile(file, temporary / name)
         if "tokenizer.json" in source and "tokenizer_config.json" not in source:
-            _write_json(temporary / "tokenizer_config.json", tokenizer_config(source["tokenizer.json"], cfg))
+            write_json(temporary / "tokenizer_config.json", tokenizer_config(source["tokenizer.json"], cfg))
         safetensors.write_directory(temporary, tensors, shard_size)
-        _rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def generation_config(cfg: ModelConfig) -> dict[str, Any]:
@@ -168,26 +161,3 @@ def _tokenizer_files(tokenizer: str | Path | None) -> dict[str, Path]:
     if not found:
         raise FileNotFoundError(f"{given / 'tokenizer.json'}: no such file; give a tokenizer.json or its directory")
     return found
-
-
-def _refuse_occupied(path: Path) -> None:
-    if path.is_dir():
-        if any(path.iterdir()) and not (path / "config.json").is_file():
-            raise ValueError(f"{path}: not empty and no model directory, so it is not replaced; choose another path")
-    elif path.exists():
-        raise ValueError(f"{path}: a file is in the way; choose another path")
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Two renames where a directory is replaced, so that `path` is never half of one and half of the other."""
-    if not path.exists():
-        temporary.rename(path)
-        return
-    old = path.parent / f".{path.name}.{os.getpid()}.old"
-    path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old)
-
-
-def _write_json(file: Path, contents: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(contents, indent=2) + "\n")
