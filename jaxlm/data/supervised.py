@@ -152,8 +152,8 @@ def _chat(record: Record, render: Render | None) -> Sample:
         raise ValueError(f'{record.where}: field "messages" is no list of {{"role", "content"}}; write it as one')
     if render is None:
         raise ValueError(
-            f"{record.where}: rows with messages need a chat template; start from a model whose tokenizer_config.json "
-            "has one, or give prompt and completion"
+            f"{record.where}: rows with messages need a chat template, and the tokenizer comes without one; name one "
+            "in data.template, or give prompt and completion"
         )
     try:
         text, spans = render(messages)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.data.tokenizer import END_OF_TEXT
+from jaxlm.interop import templates
 from jaxlm.interop.safetensors import read_json
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -48,14 +50,15 @@ def render_chat(
 class ChatTemplate:
     """The compiled chat template of a directory. Making one per directory saves compiling it for every conversation."""
 
-    def __init__(self, path: str | Path, tools: bool = False) -> None:
-        """`path`: see `render_chat`; `tools`: whether the variant for tools is wanted where there are several."""
+    def __init__(self, path: str | Path, tools: bool = False, source: str | None = None) -> None:
+        """`path`: see `render_chat`; `tools`: whether the variant for tools is wanted where there are several;
+        `source`: a template to be used instead of the directory's, with the directory's special tokens."""
         try:
             from jaxlm.interop.sandbox import LimitError, Sandbox
         except ImportError:
             raise ValueError(f"{path}: chat templates need an optional package; pip install 'jaxlm[chat]'") from None
         self.where = _directory(Path(path))
-        source = _choose(_templates(self.where), tools, self.where)
+        source = _choose(_templates(self.where), tools, self.where) if source is None else source
         self.special = special_tokens(self.where)
         self._source = source
         self._sandbox = Sandbox()
@@ -224,10 +227,48 @@ def special_tokens(directory: Path) -> dict[str, str]:
     return found
 
 
-def renderer(path: str | Path) -> Callable[[Messages], tuple[str, Spans]] | None:
-    """`ChatTemplate(path).spans`, compiled once; None where the directory has no chat template."""
-    directory = _directory(Path(path))
-    return ChatTemplate(directory).spans if _templates(directory) else None
+def renderer(*places: str | Path | None, template: str | None = None) -> Callable[[Messages], tuple[str, Spans]] | None:
+    """What renders conversations for training: `ChatTemplate(place).spans`, compiled when it is first called.
+
+    Args:
+      places: model directories, runs or files in one; the first with a chat template is taken. None and names of
+        nothing are passed over.
+      template: one of `templates.TEMPLATES` instead, with the special tokens of the first place; without any place
+        texts end with the token that jaxlm's own tokenizers end them with.
+
+    Returns:
+      None where no place has a template and none is named.
+
+    Raises:
+      ValueError: an unknown name; a named template needs an end of text, and the place names none.
+    """
+    paths = [path if path.is_dir() else path.parent for path in map(Path, filter(None, places)) if path.exists()]
+    if template is None:
+        where = next((path for path in map(_directory, paths) if _templates(path)), None)
+        return None if where is None else _lazy(lambda: ChatTemplate(where))
+    source = templates.named(template)
+    if not paths:
+        return _lazy(lambda: ChatTemplate(Path(), source=source.replace("eos_token", repr(END_OF_TEXT))))
+    if "eos_token" in source and "eos_token" not in special_tokens(_directory(paths[0])):
+        raise ValueError(
+            f"data.template: {template} ends turns with the end of text, and the tokenizer_config.json in {paths[0]} "
+            "names none; add eos_token there or choose another template"
+        )
+    return _lazy(lambda: ChatTemplate(paths[0], source=source))
+
+
+def template_text(*places: str | Path | None, template: str | None = None) -> str | None:
+    """The chat template that `renderer` uses, as it would be saved beside a tokenizer; None where there is none."""
+    if template is not None:
+        return templates.named(template)
+    paths = [path if path.is_dir() else path.parent for path in map(Path, filter(None, places)) if path.exists()]
+    found = (_templates(path) for path in map(_directory, paths))
+    return next((names["default"] for names in found if "default" in names), None)
+
+
+def _lazy(make: Callable[[], ChatTemplate]) -> Callable[[Messages], tuple[str, Spans]]:
+    made = functools.cache(make)
+    return lambda messages: made().spans(messages)
 
 
 def _directory(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """The decoder-only transformer: pure functions from trees and tokens to hidden states."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,12 +10,13 @@ import numpy as np
 
 from jaxlm.nn import cache as kv
 from jaxlm.nn import walk as layers
+from jaxlm.nn.adapters import adapted_rows, attach
 from jaxlm.nn.attention import Context
 from jaxlm.nn.block import Block
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.copies import look_up, table_copies
-from jaxlm.nn.dropout import dropout
+from jaxlm.nn.dropout import dropout, embedding_noise
 from jaxlm.nn.norms import make_norm
 from jaxlm.nn.rope import tables
 from jaxlm.types import Array, Head, Output, Tree, Variables
@@ -67,6 +69,9 @@ def apply(
     key: Array | None = None,
     compute: Compute | None = None,
     cache: kv.Cache | None = None,
+    noise: float = 0.0,
+    collect: tuple[str, ...] = (),
+    adapters: Array | None = None,
 ) -> Output:
     """Run the model.
 
@@ -79,14 +84,20 @@ def apply(
       key: PRNG key of dropout; None in evaluation.
       compute: precision, memory policy, kernels, placement.
       cache: keys and values of earlier tokens; the new ones are appended at `cache.index`.
+      noise: alpha of the noise on embeddings (`dropout.embedding_noise`); without a key there is none.
+      collect: what to return of every layer, see `Compute.collect`; stacked layers without a cache only.
+      adapters: int32 [B], which of several stacked adapters each row is for (`jaxlm.params.lora.stack`).
 
     Returns:
       Output with hidden [B, L, D] in `compute.dtype`.
     """
-    params, compute = variables["params"], compute or Compute()
+    variables = attach(cfg, variables, adapters)
+    params, compute = variables["params"], dataclasses.replace(compute or Compute(), collect=collect)
     context, cache = _context(cfg, tokens, positions, segments, cache)
     tables = params if cache is not None else _spread_tables(params, tokens.shape)
-    x = _embed(cfg, tables, tokens, positions, cache, compute)
+    x = _embed(cfg, {**variables, "params": tables}, tokens, positions, cache, compute)
+    if noise and key is not None:
+        x = embedding_noise(x, segments, noise, jax.random.fold_in(key, cfg.N + 1))
     if cfg.dropout and key is not None:
         x = dropout(x, cfg.dropout, jax.random.fold_in(key, cfg.N))
     x = compute.constrain(x)
@@ -99,13 +110,15 @@ def apply(
     if cfg.logits_multiplier != 1.0:
         x = x * cfg.logits_multiplier
     table = tables["embed"]["kernel"]
-    copies = table if cfg.tie_embeddings and table.ndim == 3 else None
-    return Output(x, head(cfg, params)._replace(copies=copies), _join(aux), cache)
+    copies = table if "unembed" not in params and table.ndim == 3 else None
+    joined = _join(aux)
+    states = {name: joined.pop(name) for name in collect}
+    return Output(x, head(cfg, params)._replace(copies=copies), joined, cache, states)
 
 
 def head(cfg: ModelConfig, params: Tree) -> Head:
-    """The output head: the embedding itself where tied."""
-    if cfg.tie_embeddings:
+    """The output head: the embedding itself where there is no other."""
+    if "unembed" not in params:
         return Head(params["embed"]["kernel"], None, cfg.logit_softcap, tied=True)
     return Head(params["unembed"]["kernel"], params["unembed"].get("bias"), cfg.logit_softcap)
 
@@ -217,13 +230,16 @@ def _spread_tables(params: Tree, shape: tuple[int, ...]) -> Tree:
 
 def _embed(
     cfg: ModelConfig,
-    params: Tree,
+    variables: Variables,
     tokens: Array,
     positions: Array | None,
     cache: kv.Cache | None,
     compute: Compute,
 ) -> Array:
+    params = variables["params"]
     x = look_up(params["embed"]["kernel"], tokens)
+    if "embed" in variables.get("lora", {}):
+        x = adapted_rows(x, params["embed"]["kernel"], variables["lora"]["embed"], tokens)
     if cfg.positions == "learned":
         where = jnp.broadcast_to(_positions(tokens, positions, cache), tokens.shape)
         x = x + look_up(params["position_embed"]["kernel"], where)
@@ -239,7 +255,8 @@ def _walk(
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
             block = Block(cfg, compute, kind.layer_type, kind.sparse)
             x, _, aux = block.apply(tree, x, context, rngs=rngs)  # type: ignore[misc]
-            return compute.constrain(x), aux
+            x = compute.constrain(x)
+            return x, aux | ({"hidden": x} if "hidden" in compute.collect else {})
 
         return layers.checkpoint(body, compute.remat)(x, tree, context)
 

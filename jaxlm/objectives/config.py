@@ -44,10 +44,12 @@ class SftConfig(ObjectiveConfig):
 
     Attributes:
       label_smoothing: as in next_token.
+      neftune: alpha of uniform noise on the embeddings in training, alpha / sqrt(length * width) (2310.05914).
     """
 
     kind: Literal["sft"] = "sft"
     label_smoothing: Share = 0.0
+    neftune: NotNegative = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,14 @@ class DistillConfig(ObjectiveConfig):
       kd_weight: 0 is the student alone.
       beta: weight of the teacher in the mixture of `jsd` (GKD, 2306.13649).
       skew: weight of the teacher in the mixture of `skew_kl` (2402.03898).
+      init: the student starts `random` (or from `model.path`), or as a choice of the `teacher`'s layers, heads and
+        channels (`params.select`).
+      hidden_weight: of matching hidden states, layer by layer, through learned projections (1412.6550).
+      attention_weight: of matching attention, layer by layer, mean over heads (2002.10957).
+      cache: a folder with the teacher's most likely tokens on the training rows, made there if it is missing; the
+        teacher is then not loaded for training. Null: the teacher runs beside the student.
+      top_k: how many tokens of each position the cache keeps; all others are one.
+      on_policy: share of steps whose rows are the student's own samples (GKD, 2306.13649).
     """
 
     kind: Literal["distill"] = "distill"
@@ -69,7 +79,13 @@ class DistillConfig(ObjectiveConfig):
     temperature: Above0 = 1.0
     kd_weight: Ratio = 0.5
     beta: Ratio = 0.5
-    skew: Ratio = 0.1
+    skew: Share = 0.1
+    init: Literal["random", "teacher"] = "random"
+    hidden_weight: NotNegative = 0.0
+    attention_weight: NotNegative = 0.0
+    cache: str | None = None
+    top_k: Count = 32
+    on_policy: Ratio = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +171,11 @@ class GrpoConfig(ObjectiveConfig):
       group_size: completions per prompt.
       beta: weight of the KL divergence from the reference.
       epsilon: clip of the probability ratio.
-      rewards: `path/file.py:function` each, or directories of reward models; they are added up.
+      rewards: `path/file.py:function` or `module:function` each, or the directory of a reward model; they are added up.
       max_new_tokens, temperature: of the rollouts.
+      stop: a completion ends with the first token whose text has this in it; null: with the end of text alone.
       epochs: gradient passes over one rollout.
+      kl_correction: whether the divergence of a token is weighed by its probability ratio, as TRL does since 1.16.
       reference: as in dpo; only used where beta is not 0.
     """
 
@@ -169,7 +187,9 @@ class GrpoConfig(ObjectiveConfig):
     rewards: tuple[str, ...] = ()
     max_new_tokens: Count = 64
     temperature: Above0 = 1.0
+    stop: str | None = None
     epochs: Count = 1
+    kl_correction: bool = True
     reference: Reference | None = None
 
 
@@ -180,18 +200,21 @@ class PpoConfig(ObjectiveConfig):
     Attributes:
       kl_coef: weight of the KL penalty in the reward.
       epsilon: clip of the probability ratio and of the value.
+      value_coef: weight of the value loss.
       gamma, lam: discount and smoothing of the advantages (GAE, 1506.02438).
-      rewards, max_new_tokens, temperature, epochs, reference: as in grpo.
+      rewards, max_new_tokens, temperature, stop, epochs, reference: as in grpo.
     """
 
     kind: Literal["ppo"] = "ppo"
     kl_coef: NotNegative = 0.05
     epsilon: Above0 = 0.2
+    value_coef: NotNegative = 0.1
     gamma: Ratio = 1.0
     lam: Ratio = 0.95
     rewards: tuple[str, ...] = ()
     max_new_tokens: Count = 64
     temperature: Above0 = 1.0
+    stop: str | None = None
     epochs: Count = 1
     reference: Reference | None = None
 

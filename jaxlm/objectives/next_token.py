@@ -1,5 +1,7 @@
 """Next-token prediction: cross-entropy averaged over the label tokens of the whole step."""
 
+import functools
+
 import jax.numpy as jnp
 
 from jaxlm.objectives.config import NextTokenConfig, SftConfig
@@ -32,12 +34,16 @@ def next_token(config: NextTokenConfig) -> Objective:
 
 
 def supervised(config: SftConfig) -> Objective:
-    """`next_token` on the labels of examples, which counts them: the metric `supervised_tokens`."""
+    """`next_token` on the labels of examples, which counts them: the metric `supervised_tokens`.
+
+    With `neftune`, noise is added to the embeddings wherever there is a key, so never in evaluation.
+    """
     inner = next_token(NextTokenConfig(label_smoothing=config.label_smoothing))
 
     def loss(
         apply: Apply, params: Variables, frozen: Variables, batch: Batch, weights: dict[str, Array], key: Array | None
     ) -> tuple[Array, dict[str, Array]]:
+        apply = functools.partial(apply, noise=config.neftune) if config.neftune else apply
         value, metrics = inner.loss(apply, params, frozen, batch, weights, key)
         return value, metrics | {"supervised_tokens": jnp.sum(batch["mask"])}
 
