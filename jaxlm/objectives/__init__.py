@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 OBJECTIVES = {
     "next_token": "jaxlm.objectives.next_token:next_token",
     "sft": "jaxlm.objectives.next_token:supervised",
+    "dpo": "jaxlm.objectives.preference:dpo",
+    "simpo": "jaxlm.objectives.preference:simpo",
+    "orpo": "jaxlm.objectives.preference:orpo",
+    "kto": "jaxlm.objectives.kto:kto",
+    "reward": "jaxlm.objectives.reward:reward",
 }
 """Kind -> `module:function`, the function from its configuration to the objective."""
 
