@@ -145,7 +145,7 @@ def test_every_pair_trains_in_one_trace(row, monkeypatch):
     config = settings(row)
     program = setup.assemble(config, config.architecture(), meshes.make(config.mesh, jax.devices()[:1]))
     recipe = program.recipe._replace(objective=token_mixer(program.recipe.objective))
-    state = init_state(recipe, program.fresh())
+    state = init_state(recipe, program.fresh(program.base()))
     losses, last, after = advance(recipe, state, batch())
     assert np.all(np.isfinite(losses)) and last["skipped"] == 0.0
     assert losses[-1] < losses[0]
@@ -159,7 +159,7 @@ def fresh(mup):
     """Parameters of the whole model at step 0, as numpy arrays, with or without muP."""
     config = settings((0, 0, 0, mup, 0, 0))
     program = setup.assemble(config, config.architecture(), meshes.make(config.mesh, jax.devices()[:1]))
-    return jax.tree.map(np.asarray, program.fresh())
+    return jax.tree.map(np.asarray, program.fresh(program.base()))
 
 
 def trained(row, mesh, devices):

@@ -208,7 +208,6 @@ def test_another_mesh_may_go_on(begun, straight, text):
         ("train", {"batch_size": 4}, "train.batch_size"),
         ("train", {"memory_limit": 1e-6}, "train.memory_limit"),
         ("model", {"n_heads": 3}, "model.n_heads"),
-        ("lora", {"r": 4}, "lora: adapters are not trained yet"),
         ("data", {"sequence_length": 100_000}, "data.sequence_length"),
     ],
 )

@@ -53,13 +53,14 @@ class Dataset:
         return fingerprint(self.identity)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> NumpyBatch:
-        """The rows of these numbers, stacked: arrays [len(indices), L]; -1 stands for a row of padding."""
+        """The rows of these numbers, stacked: arrays [len(indices), ...]; -1 stands for a row of padding."""
         rows = [self.rows[int(index)] for index in np.maximum(indices, 0)]
         present = np.asarray(indices) >= 0
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         if present.all():
             return stacked
-        return {name: values * present[:, None].astype(values.dtype) for name, values in stacked.items()}
+        shape = lambda values: (-1, *(1,) * (values.ndim - 1))  # noqa: E731
+        return {name: values * present.reshape(shape(values)).astype(values.dtype) for name, values in stacked.items()}
 
     def spread(self, count: int) -> "Dataset":
         """At most `count` rows, evenly spaced over the set."""

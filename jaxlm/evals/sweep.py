@@ -137,13 +137,14 @@ class _Shared:
       shape: the configuration without learning rate and seed: what the compiled step belongs to.
       seed: of the fresh state.
       setup: of this shape. step: (rate, seed, state, frozen, batch) -> (state, metrics).
-      fresh: the state before the first step.
+      frozen: what is used and not trained. fresh: the state before the first step.
     """
 
     shape: Any
     seed: int
     setup: Setup
     step: Callable
+    frozen: Variables
     fresh: State
 
 
@@ -153,7 +154,8 @@ def _share(config: "RunConfig", last: _Shared | None) -> _Shared:
         return last
     prepared = setup.prepare(config)
     step = last.step if last is not None and last.shape == shape else _step(config, prepared.program)
-    return _Shared(shape, seed, prepared, step, setup.start(config.model.path, prepared.program))
+    frozen = setup.load_frozen(config, prepared.program)
+    return _Shared(shape, seed, prepared, step, frozen, setup.start(config.model.path, prepared.program, frozen))
 
 
 def _step(config: "RunConfig", program: Program) -> Callable:
@@ -183,7 +185,7 @@ def _train(config: "RunConfig", shared: _Shared, clock: "_Clock", stop: signals.
     pending: list[Array] = []
     for step in range(config.train.steps):
         batch = setup.global_batch(data, loader.rows(step), program.mesh)
-        state, metrics = shared.step(rate, seed, state, shared.setup.frozen, batch)
+        state, metrics = shared.step(rate, seed, state, shared.frozen, batch)
         pending.append(metrics["loss"])
         if len(pending) == LOOK or step + 1 == config.train.steps:
             losses += [float(loss) for loss in jax.device_get(pending)]

@@ -1,14 +1,24 @@
-"""Loss of a text model on held-out rows, in nats per token and bits per byte."""
+"""Held-out rows under the trained model: loss of texts in nats and bits, or the objective's own measures."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxlm.data.dataset import Dataset
+from jaxlm.data.supply import RUNNING, SUPERVISED
 from jaxlm.objectives.cross_entropy import cross_entropy
+from jaxlm.objectives.forward import policy
+from jaxlm.training.setup import Setup, global_batch
+from jaxlm.training.step import Recipe
 from jaxlm.types import Apply, Array, Batch, Variables
+
+Evaluator = Callable[[Variables, Variables], dict[str, float]]
+"""`(params, frozen) -> values by name`, with `loss`, which decides what is best."""
 
 
 class Sums(NamedTuple):
@@ -17,6 +27,63 @@ class Sums(NamedTuple):
     nats: Array
     tokens: Array
     bytes: Array
+
+
+def make(setup: Setup) -> Evaluator:
+    """What evaluates a run of this objective: `loss` and others on the held-out rows, and on each further set of them
+    under `<its name>/`.
+    """
+    recipe = setup.program.recipe
+    measure: Callable[[Variables, Variables, Iterable[Batch]], dict[str, float]]
+    if setup.config.objective.kind in RUNNING + SUPERVISED:
+        bytes_V = jnp.asarray(setup.data.token_bytes, jnp.float32)
+        score: Scorer = jax.jit(functools.partial(text_sums, recipe.apply, bytes_V))
+
+        def measure(params: Variables, frozen: Variables, batches: Iterable[Batch]) -> dict[str, float]:
+            return text_metrics(score, policy(params, frozen), batches)
+    else:
+        measure = functools.partial(objective_metrics, jax.jit(functools.partial(objective_sums, recipe)))
+
+    def evaluate(params: Variables, frozen: Variables) -> dict[str, float]:
+        values = measure(params, frozen, batches_of(setup, setup.data.validation))
+        for name, data in setup.data.others.items():
+            found = measure(params, frozen, batches_of(setup, data))
+            values |= {f"{name}/{key}": value for key, value in found.items()}
+        return values
+
+    return evaluate
+
+
+def batches_of(setup: Setup, data: Dataset) -> Iterator[Batch]:
+    """The rows that an evaluation looks at, on the mesh; the last batch is filled up with padding."""
+    train = setup.config.train
+    count = len(data) if train.eval_batches is None else min(len(data), train.eval_batches * train.batch_size)
+    rows = np.pad(np.arange(count), (0, -count % train.batch_size), constant_values=-1).reshape(-1, train.batch_size)
+    return (global_batch(data, part, setup.program.mesh) for part in rows)
+
+
+def objective_sums(recipe: Recipe, params: Variables, frozen: Variables, batch: Batch) -> tuple[Array, dict]:
+    """Rows of a batch that are no padding, and the objective's loss and metrics on them, without dropout."""
+    objective, apply = recipe.objective, recipe.apply
+    batch = objective.prepare(apply, params, frozen, batch, None)
+    loss, metrics = objective.loss(apply, params, frozen, batch, objective.weights(batch), None)
+    segments = batch["segments"]
+    return jnp.sum(jnp.any(segments != 0, axis=tuple(range(1, segments.ndim)))), {"loss": loss, **metrics}
+
+
+def objective_metrics(
+    score: Callable[[Variables, Variables, Batch], tuple[Array, dict]],
+    params: Variables,
+    frozen: Variables,
+    batches: Iterable[Batch],
+) -> dict[str, float]:
+    """Means of `objective_sums` over all batches, each weighing as many rows as it has."""
+    total, sums = 0.0, {}
+    for batch in batches:
+        rows, values = jax.device_get(score(params, frozen, batch))
+        total += float(rows)
+        sums = {name: sums.get(name, 0.0) + float(rows) * float(value) for name, value in values.items()}
+    return {name: value / total for name, value in sums.items()} if total else {"loss": math.nan}
 
 
 Scorer = Callable[[Variables, Batch], Sums]

@@ -9,6 +9,7 @@ import jax
 
 from jaxlm import tree
 from jaxlm.data.baselines import baselines
+from jaxlm.data.supply import RUNNING, SUPERVISED
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decode.streaming import Text
 from jaxlm.decode.together import sample_on
@@ -31,12 +32,12 @@ def write_files(setup: Setup, directory: Path) -> None:
     """The resolved configuration, what every leaf is given, and the tokenizer, at the start of every sitting."""
     if multihost.is_main():
         write_whole(directory / "config.yaml", setup.config.yaml())
-        known = plan.of_program(setup.config, setup.program, setup.frozen)
+        known = plan.of_program(setup.config, setup.program)
         write_whole(directory / "plan.txt", plan.text(known) + "\n")
         write_whole(directory / "tokenizer.json", setup.data.tokenizer.json)
 
 
-def take_samples(setup: Setup, params: Variables) -> list[Sample]:
+def take_samples(setup: Setup, variables: Variables) -> list[Sample]:
     """What the model makes of the configured prompts, greedily; all processes call it together.
 
     Prompts are cut at the front where the model has learned positions for too few tokens. Samples are for the reader:
@@ -50,7 +51,7 @@ def take_samples(setup: Setup, params: Variables) -> list[Sample]:
         return []
     try:
         ids = [ids for _, ids in encoded]
-        taken = sample_on(setup.program.mesh, cfg, {**setup.frozen, **params}, ids, SAMPLE_TOKENS)
+        taken = sample_on(setup.program.mesh, cfg, variables, ids, SAMPLE_TOKENS)
     except Exception as error:
         warnings.warn(f"train.prompts: no samples ({type(error).__name__}: {error})", stacklevel=2)
         return []
@@ -72,10 +73,11 @@ def finish(run: "Run", step: int) -> None:
     """
     setup, directory = run.setup, run.directory
     run.progress.status("exporting")
-    params = place.gather({**setup.frozen, **run.params})
+    variables = run.variables
+    variables = place.gather({"lora": variables["lora"]} if "lora" in variables else variables)
     if not multihost.is_main():
         return
-    save(directory / "hf", setup.program.cfg, params, tokenizer=directory / "tokenizer.json", own_form=True)
+    save(directory / "hf", setup.program.cfg, variables, tokenizer=directory / "tokenizer.json", own_form=True)
     write_summary(directory, summary(run, "done" if step == run.train.steps else "stopped early"))
     page = write_report(directory)
     run.progress.message(f"done: {page}")
@@ -84,23 +86,30 @@ def finish(run: "Run", step: int) -> None:
 def summary(run: "Run", status: str) -> Summary:
     """The facts of a run that its configuration and metrics do not hold."""
     setup = run.setup
-    scored = baselines(setup.data.train, setup.data.validation, setup.data.tokenizer)
-    trained, frozen = tree.count(run.state.params), tree.count(setup.frozen)
+    trained, base = tree.count(run.state.params), tree.count(run.frozen.get("params", {}))
     return Summary(
         name=run.directory.name,
         objective=setup.config.objective.kind,
         status=status,
         finished=datetime.datetime.now().isoformat(timespec="seconds"),
         steps=run.train.steps,
-        parameters=trained + frozen,
+        parameters=trained + base,
         trainable=trained,
         seconds=run.elapsed,
         flops_per_token=run.recorder.flops_per_token,
         peak_flops=run.recorder.peak,
-        baselines={
-            "unigram": {"loss": scored.unigram, "bits_per_byte": scored.unigram_bits_per_byte},
-            "bigram": {"loss": scored.bigram, "bits_per_byte": scored.bigram_bits_per_byte},
-            "zlib": {"bits_per_byte": scored.zlib_bits_per_byte},
-        },
+        baselines=_baselines(setup),
         environment=environment(jax.devices()),
     )
+
+
+def _baselines(setup: Setup) -> dict[str, dict[str, float]]:
+    """What a model of text has to beat; nothing for objectives whose rows are not one text each."""
+    if setup.config.objective.kind not in RUNNING + SUPERVISED:
+        return {}
+    scored = baselines(setup.data.train, setup.data.validation, setup.data.tokenizer)
+    return {
+        "unigram": {"loss": scored.unigram, "bits_per_byte": scored.unigram_bits_per_byte},
+        "bigram": {"loss": scored.bigram, "bits_per_byte": scored.bigram_bits_per_byte},
+        "zlib": {"bits_per_byte": scored.zlib_bits_per_byte},
+    }

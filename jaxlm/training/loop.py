@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.data.loader import prefetch
 from jaxlm.dist import multihost
+from jaxlm.objectives.forward import policy
 from jaxlm.optim import chain
-from jaxlm.training import finish, lock, signals, stopping
+from jaxlm.training import evaluate, finish, lock, rollout, signals, stopping
 from jaxlm.training.checkpoint import Checkpoints
-from jaxlm.training.evaluate import Scorer, text_metrics, text_sums
 from jaxlm.training.meta import compare_meta
 from jaxlm.training.plan import check_limit
 from jaxlm.training.progress import Progress, open_progress
 from jaxlm.training.recorder import Recorder
-from jaxlm.training.setup import Setup, global_batch, prepare, start, use_compilation_cache
+from jaxlm.training.setup import Setup, global_batch, load_frozen, prepare, start, use_compilation_cache
 from jaxlm.training.step import State, train_step
 from jaxlm.training.stopping import Stopping
 from jaxlm.types import Batch, Variables
@@ -44,7 +42,7 @@ def train(config: "RunConfig") -> int:
     use_compilation_cache()
     multihost.initialize()
     setup = prepare(config)
-    check_limit(config, setup.program, setup.frozen)
+    check_limit(config, setup.program)
     multihost.agree("configuration and data", repr(setup.identity).encode())
     directory = Path(config.run.dir)
     progress = open_progress(config.train.steps, enabled=multihost.is_main())
@@ -66,15 +64,15 @@ class Run:
         self.setup, self.train, self.directory, self.progress = setup, setup.config.train, directory, progress
         self.checkpoints = Checkpoints(directory / "checkpoints", progress.message, keep=self.train.keep)
         self.stopping, self.begun, self.seconds = Stopping(), time.monotonic(), 0.0
-        self.state, tokens = self._resume_or_start()
+        self.state, self.frozen, tokens = self._resume_or_start()
         finish.write_files(setup, directory)
         self.recorder = Recorder(setup, directory, progress, tokens)
         program = setup.program
         self.step_function = jax.jit(
             functools.partial(train_step, program.recipe), donate_argnums=0, out_shardings=(program.shardings, None)
         )
-        bytes_V = jnp.asarray(setup.data.token_bytes, jnp.float32)
-        self.score: Scorer = jax.jit(functools.partial(text_sums, program.recipe.apply, bytes_V))
+        self.rollout = rollout.make(setup)
+        self.evaluator = evaluate.make(setup)
         self.pending: tuple[int, dict[str, Any]] | None = None
 
     def go(self, stop: signals.Stop) -> int:
@@ -111,8 +109,18 @@ class Run:
         return 0
 
     @property
+    def variables(self) -> Variables:
+        """The model that is evaluated, sampled and exported, with what is frozen of it."""
+        return policy(self.params, self.known)
+
+    @property
+    def known(self) -> Variables:
+        """All trees that are there besides the trained ones."""
+        return {**self.frozen, **self.state.extra}
+
+    @property
     def params(self) -> Variables:
-        """What is evaluated, sampled and exported: the average where one is kept."""
+        """The trained trees; their average where one is kept."""
         if self.state.ema is not None:
             return self.state.ema
         return chain.evaluation_params(self.state.opt_state, self.state.params)
@@ -122,16 +130,17 @@ class Run:
         """Seconds of training over all sittings."""
         return self.seconds + time.monotonic() - self.begun
 
-    def _resume_or_start(self) -> tuple[State, int]:
-        identity = self.setup.identity
-        restored = self.checkpoints.restore(self.setup.program.abstract, lambda saved: compare_meta(saved, identity))
+    def _resume_or_start(self) -> tuple[State, Variables, int]:
+        config, program, identity = self.setup.config, self.setup.program, self.setup.identity
+        restored = self.checkpoints.restore(program.abstract, lambda saved: compare_meta(saved, identity))
+        self.progress.status("initialising")
+        frozen = load_frozen(config, program)
         if restored is None:
-            self.progress.status("initialising")
-            return start(self.setup.config.model.path, self.setup.program), 0
+            return start(config.model.path, program, frozen), frozen, 0
         self.stopping = stopping.from_json(restored.meta["stopping"])
         self.seconds = float(restored.meta["seconds"])
         self.progress.message(f"resuming {self.directory} at step {restored.step}")
-        return restored.state, int(restored.meta["tokens"])
+        return restored.state, frozen, int(restored.meta["tokens"])
 
     def _batches(self, first: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         setup = self.setup
@@ -146,7 +155,9 @@ class Run:
         if self.recorder.first:
             self.progress.status("compiling the training step")
         self.checkpoints.check()
-        self.state, metrics = self.step_function(self.state, self.setup.frozen, batch)
+        if self.rollout is not None:
+            batch = self.rollout(self.state.params, self.known, batch, step)
+        self.state, metrics = self.step_function(self.state, self.frozen, batch)
         self._flush()
         self.pending = (step + 1, metrics)
         if step + 1 == self.train.steps or self.recorder.first:
@@ -169,13 +180,9 @@ class Run:
     def _evaluate(self, step: int) -> float:
         self._flush()
         with self.recorder.pause("evaluating"):
-            data, size = self.setup.data.validation, self.train.batch_size
-            count = len(data) if self.train.eval_batches is None else min(len(data), self.train.eval_batches * size)
-            rows = np.pad(np.arange(count), (0, -count % size), constant_values=-1).reshape(-1, size)
-            batches = (global_batch(data, part, self.setup.program.mesh) for part in rows)
-            values = text_metrics(self.score, {**self.setup.frozen, **self.params}, batches)
+            values = self.evaluator(self.params, self.known)
             self.recorder.evaluation(step, values)
-            self.recorder.samples(step, finish.take_samples(self.setup, self.params))
+            self.recorder.samples(step, finish.take_samples(self.setup, self.variables))
         if step:
             self.stopping = stopping.update(self.stopping, step, values["loss"])
         return values["loss"]

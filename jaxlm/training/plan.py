@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from jaxlm import tree
+from jaxlm.data.supply import LABELLED, PAIRS, PROMPTS
 from jaxlm.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place
@@ -21,7 +22,7 @@ from jaxlm.training import setup, throughput
 from jaxlm.training.memory import GB, Load, Memory, activation_bytes, device_bytes, logits_bytes
 from jaxlm.training.setup import Program
 from jaxlm.training.step import train_step
-from jaxlm.types import Batch, Variables
+from jaxlm.types import Batch
 
 if TYPE_CHECKING:
     from jaxlm.config import RunConfig
@@ -60,32 +61,32 @@ def make_plan(config: "RunConfig", compiled: bool = True) -> Plan:
       ValueError: as `setup.assemble`.
     """
     program = setup.assemble(config, _architecture(config), meshes.make(config.mesh, _devices(config)))
-    return of_program(config, program, {}, compiled)
+    return of_program(config, program, compiled)
 
 
-def of_program(config: "RunConfig", program: Program, frozen: Variables, compiled: bool = False) -> Plan:
+def of_program(config: "RunConfig", program: Program, compiled: bool = False) -> Plan:
     """The plan of a program that is put together already.
 
     Args:
-      config, program, frozen: the run, what it compiles to, and its trees that are not trained.
+      config, program: the run, and what it compiles to.
       compiled: as in `make_plan`.
     """
-    trained = program.abstract.params
+    trained, frozen = program.abstract.params, program.frozen
     count = tree.count(trained)
     length = config.data.sequence_length
     flops = throughput.flops_per_token(program.cfg, length) * config.train.batch_size * length
     return Plan(
-        parameters=count + tree.count(frozen),
+        parameters=count + tree.count(frozen.get("params", {})),
         trainable=count,
         flops=flops,
-        memory=memory(config, program, frozen),
-        compiled=_compiled_bytes(config, program, frozen) if compiled else None,
-        rows=effective(config.optimizer, program.cfg, trained, program.plan, frozen or None),
+        memory=memory(config, program),
+        compiled=_compiled_bytes(config, program) if compiled and config.objective.kind not in PROMPTS else None,
+        rows=effective(config.optimizer, program.cfg, trained, program.plan, frozen.get("params")),
         attention=setup.attention_backend(config, program.cfg, program.compute),
     )
 
 
-def memory(config: "RunConfig", program: Program, frozen: Variables) -> Memory:
+def memory(config: "RunConfig", program: Program) -> Memory:
     """Memory per device by formula."""
     sizes, state, cfg = program.mesh.shape, program.abstract, program.cfg
     groups = sizes["data"] * sizes["fsdp"] * sizes["expert"]
@@ -96,7 +97,7 @@ def memory(config: "RunConfig", program: Program, frozen: Variables) -> Memory:
     )
     trained = device_bytes(state.params)
     return Memory(
-        parameters=trained + device_bytes(frozen),
+        parameters=trained + device_bytes(program.frozen),
         moments=device_bytes(state.opt_state),
         average=device_bytes(state.ema),
         gradients=trained * (2 if accumulation > 1 else 1),
@@ -105,13 +106,13 @@ def memory(config: "RunConfig", program: Program, frozen: Variables) -> Memory:
     )
 
 
-def check_limit(config: "RunConfig", program: Program, frozen: Variables) -> None:
+def check_limit(config: "RunConfig", program: Program) -> None:
     """Refuse a run that needs more memory per device than `train.memory_limit`.
 
     Raises:
       ValueError: with the parts of the estimate.
     """
-    refuse(config, memory(config, program, frozen))
+    refuse(config, memory(config, program))
 
 
 def refuse(config: "RunConfig", needed: Memory) -> None:
@@ -125,12 +126,16 @@ def refuse(config: "RunConfig", needed: Memory) -> None:
 
 
 def abstract_batch(config: "RunConfig", program: Program) -> Batch:
-    """The batch of a text objective, without arrays."""
-    shape = (config.train.batch_size, config.data.sequence_length)
+    """The batch of a step on given rows, without arrays; pairs have one more axis."""
+    pair = (2,) if config.objective.kind in PAIRS else ()
+    shape = (config.train.batch_size, *pair, config.data.sequence_length)
     sharding = place.batch_sharding(program.mesh)
     names = {"tokens": "int32", "targets": "int32", "mask": "float32", "segments": "int32", "positions": "int32"}
     abstract: Any = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding)
-    return {name: abstract(dtype) for name, dtype in names.items()}
+    batch = {name: abstract(dtype) for name, dtype in names.items()}
+    if config.objective.kind in LABELLED:
+        batch["label"] = jax.ShapeDtypeStruct(shape[:1], "float32", sharding=sharding)
+    return batch
 
 
 def text(plan: Plan) -> str:
@@ -190,13 +195,13 @@ def _devices(config: "RunConfig") -> list[jax.Device] | None:
     return simulated if len(simulated) == wanted else None
 
 
-def _compiled_bytes(config: "RunConfig", program: Program, frozen: Variables) -> int | None:
+def _compiled_bytes(config: "RunConfig", program: Program) -> int | None:
     """Arguments, temporaries and outputs that are no arguments of the compiled step, on one device."""
     step = jax.jit(
         functools.partial(train_step, program.recipe), donate_argnums=0, out_shardings=(program.shardings, None)
     )
     with jax.set_mesh(program.mesh):
-        compiled = step.lower(program.abstract, frozen, abstract_batch(config, program)).compile()
+        compiled = step.lower(program.abstract, program.frozen, abstract_batch(config, program)).compile()
     account = compiled.memory_analysis()
     if account is None:
         return None

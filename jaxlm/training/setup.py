@@ -21,16 +21,18 @@ from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
 from jaxlm.interop import hf
+from jaxlm.interop.chat import renderer
 from jaxlm.interop.fold import fold
-from jaxlm.interop.load import load, load_config
+from jaxlm.interop.load import load_config
 from jaxlm.nn import transformer
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
 from jaxlm.params import mup
+from jaxlm.training import frozen as frozen_trees
 from jaxlm.training.step import Recipe, State, init_state
-from jaxlm.types import Apply, Array, Batch, Output, Variables
+from jaxlm.types import Apply, Array, Batch, Objective, Output, Tree, Variables
 
 if TYPE_CHECKING:
     from jaxlm.config import RunConfig
@@ -48,8 +50,10 @@ class Program(NamedTuple):
       compute: precision, memory policy, placement.
       recipe: the step's static parts.
       plan: muP factors of the trained leaves, or None.
-      fresh: makes the trained trees of step 0, unplaced.
+      base: `() -> params`, fresh parameters of the model, unplaced.
+      fresh: `(base params) -> trained trees of step 0`, unplaced.
       abstract: the state's structure with shapes, dtypes and shardings.
+      frozen: that of the trees that are used and not trained.
     """
 
     cfg: ModelConfig
@@ -57,8 +61,10 @@ class Program(NamedTuple):
     compute: Compute
     recipe: Recipe
     plan: mup.Plan | None
-    fresh: Callable[[], Variables]
+    base: Callable[[], Tree]
+    fresh: Callable[[Tree], Variables]
     abstract: State
+    frozen: Variables
 
     @property
     def shardings(self) -> State:
@@ -73,7 +79,6 @@ class Setup(NamedTuple):
       config: as given.
       program: what it compiles to.
       data: tokenizer and rows. loader: which rows make up which step.
-      frozen: trees that are used and not trained, on the mesh.
       identity: what a checkpoint is compared by when the run is resumed; JSON values.
     """
 
@@ -81,7 +86,6 @@ class Setup(NamedTuple):
     program: Program
     data: Data
     loader: Loader
-    frozen: Variables
     identity: dict[str, Any]
 
 
@@ -98,6 +102,7 @@ def prepare(config: "RunConfig") -> Setup:
         kind=config.objective.kind,
         tokenizer=None if directory is None else model_tokenizer(config.model.path, directory),
         vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
+        render=None if directory is None else renderer(config.model.path or ""),
     )
     cfg = model_config(config, directory, data.tokenizer)
     if directory is not None and cfg.rope != directory.rope:
@@ -106,7 +111,8 @@ def prepare(config: "RunConfig") -> Setup:
     if (own := _own_form(cfg)) is not None:
         data = data._replace(notes=(*data.notes, own))
     loader = Loader(data.train, config.train.batch_size, config.run.seed)
-    return Setup(config, assemble(config, cfg, mesh), data, loader, {}, identity(config, data))
+    program = assemble(config, cfg, mesh)
+    return Setup(config, program, data, loader, identity(config, data))
 
 
 def _own_form(cfg: ModelConfig) -> str | None:
@@ -128,44 +134,62 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
     train = config.train
     meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
     meshes.check_model(mesh.shape, cfg)
-    if config.lora is not None:
-        raise ValueError("lora: adapters are not trained yet, only read; set lora to null")
     if cfg.moe is not None and cfg.moe.balance != "none":
         raise ValueError(
             f"model.moe.balance: {cfg.moe.balance} is not trained yet, only measured; set model.moe.balance to none"
         )
     base = None if config.mup is None else config.mup.base_of(cfg)
-    fresh = functools.partial(_fresh, cfg, base, config.run.seed)
-    trained = jax.eval_shape(fresh)
+    models = frozen_trees.others(config)
+    objective = objectives.make(config.objective)
+    frozen = frozen_trees.abstract(config, cfg, models, mesh)
+    fresh_base = functools.partial(_fresh_base, cfg, base, config.run.seed)
+    fresh = functools.partial(_fresh, cfg, objective, models, config.run.seed)
+    trained = jax.eval_shape(fresh, frozen["params"] if "params" in frozen else jax.eval_shape(fresh_base))
     plan = None
     if base is not None and config.mup is not None:
         plan = mup.plan_tree(trained, cfg, base, config.mup, config.optimizer.name)
         cfg = mup.apply_to(cfg, plan)
     compute = make_compute(config, cfg, mesh)
     attention_backend(config, cfg, compute)
+    passes = getattr(config.objective, "epochs", 1)
     recipe = Recipe(
-        objective=objectives.make(config.objective),
-        apply=make_apply(cfg, compute),
-        optimizer=chain.make(config.optimizer, cfg, trained, train.steps, plan),
-        schedule=schedules.make(config.optimizer, train.steps),
+        objective=objective,
+        apply=make_apply({"policy": cfg, **models}, compute),
+        optimizer=chain.make(config.optimizer, cfg, trained, train.steps * passes, plan),
+        schedule=schedules.make(config.optimizer, train.steps * passes),
         accumulation=train.accumulation,
         ema=train.ema,
         seed=config.run.seed,
         sam=config.optimizer.sam,
+        passes=passes,
     )
-    abstract = jax.eval_shape(lambda: init_state(recipe, fresh()))
+    abstract = jax.eval_shape(functools.partial(init_state, recipe), trained)
     shardings = rules.shardings_like(abstract, trained, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return Program(cfg, mesh, compute, recipe, plan, fresh, abstract)
+    return Program(cfg, mesh, compute, recipe, plan, fresh_base, fresh, abstract, frozen)
 
 
-def start(path: str | None, program: Program) -> State:
-    """The state of step 0 on the mesh: fresh, or with the weights of the model directory at `path`."""
-    build = functools.partial(init_state, program.recipe)
-    if path is None:
-        return jax.jit(lambda: build(program.fresh()), out_shardings=program.shardings)()
-    _, params = load(path, mesh=program.mesh)
-    return jax.jit(build, out_shardings=program.shardings)(params)
+def load_frozen(config: "RunConfig", program: Program) -> Variables:
+    """The trees that are used and not trained, on the mesh."""
+    return frozen_trees.make(config, program.cfg, program.frozen, program.mesh, program.base)
+
+
+def start(path: str | None, program: Program, frozen: Variables | None = None) -> State:
+    """The state of step 0 on the mesh: fresh, or with the weights of the model directory at `path`.
+
+    Args:
+      path: a model directory, or null.
+      program: the run.
+      frozen: `load_frozen` of it, where anything is frozen.
+    """
+    base = (frozen or {}).get("params")
+
+    def build(params: Tree) -> State:
+        return init_state(program.recipe, program.fresh(program.base() if params is None else params))
+
+    if base is None and path is not None:
+        base = frozen_trees.whole(path, "float32", program.mesh)
+    return jax.jit(build, out_shardings=program.shardings)(base)
 
 
 def model_tokenizer(path: str | None, directory: ModelConfig) -> Tokenizer | None:
@@ -230,11 +254,11 @@ def attention_backend(config: "RunConfig", cfg: ModelConfig, compute: Compute) -
         raise ValueError(f"train.attention: {error}") from None
 
 
-def make_apply(cfg: ModelConfig, compute: Compute) -> Apply:
-    """The model as objectives call it."""
+def make_apply(models: dict[str, ModelConfig], compute: Compute) -> Apply:
+    """The models as objectives call them, by name."""
 
-    def apply(variables: Variables, tokens: jax.Array, **inputs: Any) -> Output:
-        return transformer.apply(cfg, variables, tokens, compute=compute, **inputs)
+    def apply(variables: Variables, tokens: jax.Array, *, model: str = "policy", **inputs: Any) -> Output:
+        return transformer.apply(models[model], variables, tokens, compute=compute, **inputs)
 
     return apply
 
@@ -245,7 +269,7 @@ def identity(config: "RunConfig", data: Data) -> dict[str, Any]:
         "config": msgspec.to_builtins(config),
         "tokenizer": data.tokenizer.sha256,
         "data": data.train.identity,
-        "base": None,
+        "base": frozen_trees.content(config),
     }
 
 
@@ -263,6 +287,17 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _fresh(cfg: ModelConfig, base: ModelConfig | None, seed: int) -> Variables:
+def _fresh_base(cfg: ModelConfig, base: ModelConfig | None, seed: int) -> Tree:
     key = jax.random.key(seed)
-    return transformer.init(cfg, key) if base is None else mup.init(cfg, base, key)
+    return (transformer.init(cfg, key) if base is None else mup.init(cfg, base, key))["params"]
+
+
+def _fresh(
+    cfg: ModelConfig, objective: Objective, models: dict[str, ModelConfig], seed: int, params: Tree
+) -> Variables:
+    """What is trained: adapters of `params`, or `params`; and the objective's own trees, which lie beside them."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    name, trained = ("params", params) if cfg.lora is None else ("lora", frozen_trees.adapters(cfg, key, params))
+    own = objective.init({"policy": cfg, **models}, jax.random.fold_in(key, 1))
+    # A new head is a part of the model, unless the directory came with one.
+    return {name: {**own.pop("params", {}), **trained}, **own}

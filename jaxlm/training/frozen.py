@@ -1,0 +1,187 @@
+"""The trees that a run uses and does not train: the base under adapters, a reference, teachers and reward models."""
+
+import functools
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlm.dist import rules
+from jaxlm.interop.load import load, load_config, model_directory
+from jaxlm.nn import transformer
+from jaxlm.nn.config import ModelConfig
+from jaxlm.types import Array, Tree, Variables
+
+if TYPE_CHECKING:
+    from jaxlm.config import RunConfig
+
+Models = dict[str, ModelConfig]
+
+
+def directories(config: "RunConfig") -> dict[str, str]:
+    """Model directories that the objective needs besides the trained model, by name."""
+    teacher = getattr(config.objective, "teacher", None)
+    return {"teacher": teacher} if teacher else {}
+
+
+def others(config: "RunConfig") -> Models:
+    """The architectures of `directories`.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the field.
+    """
+    found = {}
+    for name, path in directories(config).items():
+        try:
+            found[name] = load_config(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"objective.{name}: {error}") from None
+    return found
+
+
+def reference_kind(config: "RunConfig") -> str | None:
+    """What log-probabilities are compared with; None for objectives without a reference.
+
+    Raises:
+      ValueError: `adapter-off` without adapters.
+    """
+    objective = config.objective
+    if not hasattr(objective, "reference") or (objective.kind == "grpo" and not getattr(objective, "beta", 0.0)):
+        return None
+    kind: str = objective.reference or ("copy" if config.lora is None else "adapter-off")
+    if kind == "adapter-off" and config.lora is None:
+        raise ValueError(
+            "objective.reference: adapter-off, but lora is null, so there are no adapters to turn off; set lora or use "
+            "copy"
+        )
+    return kind
+
+
+def abstract(config: "RunConfig", cfg: ModelConfig, models: Models, mesh: Mesh) -> Variables:
+    """The frozen trees with shapes, dtypes and shardings, without arrays.
+
+    Args:
+      config: the run.
+      cfg: the trained model.
+      models: the other models' architectures (`others`).
+      mesh: where they shall lie.
+    """
+    dtype = frozen_dtype(mesh)
+    trees: Variables = {name: _abstract_model(other, dtype) for name, other in models.items()}
+    base = _abstract_model(cfg, dtype)["params"]
+    if reference_kind(config) == "copy":
+        trees["reference"] = {"params": base}
+    if config.lora is not None:
+        if config.quantize is not None:
+            base = jax.eval_shape(functools.partial(_quantize, kind=config.quantize), base)
+        trees["params"] = base
+    return {name: _placed(tree, mesh) for name, tree in trees.items()}
+
+
+def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, fresh: Tree) -> Variables:
+    """The frozen trees on the mesh, with the structure of `wanted` (`abstract`).
+
+    Args:
+      config, cfg, wanted, mesh: as in `abstract`.
+      fresh: `() -> params`, what a base without a directory starts from.
+
+    Raises:
+      FileNotFoundError, ValueError: as `interop.load.load`.
+    """
+    dtype = frozen_dtype(mesh)
+    found: Variables = {}
+    for name, path in directories(config).items():
+        if name in wanted:
+            found[name] = load(path, dtype, mesh=mesh)[1]
+    path = config.model.path
+    if "params" in wanted:
+        found["params"] = whole(path, dtype, mesh, config.quantize) if path else _fresh_base(config, wanted, fresh)
+    if "reference" in wanted:
+        if path is None:
+            shardings = jax.tree.map(lambda x: x.sharding, wanted["reference"]["params"])
+            found["reference"] = {"params": jax.jit(fresh, out_shardings=shardings)()}
+        elif "params" in found and config.quantize is None:
+            found["reference"] = {"params": found["params"]}
+        else:
+            found["reference"] = {"params": whole(path, dtype, mesh)}
+    return found
+
+
+def whole(path: str, dtype: str, mesh: Mesh, kind: str | None = None) -> Tree:
+    """The parameters of a directory, adapters of a run merged into them, quantised after that."""
+    adapted = load_config(path).lora is not None
+    cfg, variables = load(path, dtype, quantize=None if adapted else kind, mesh=mesh)
+    if "lora" not in variables:
+        return variables["params"]
+    merged = _merge(cfg, variables["params"], variables["lora"])
+    return merged if kind is None else _quantize(merged, kind)
+
+
+def frozen_dtype(mesh: Mesh) -> str:
+    """What is not trained is kept in the dtype of the computation."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+
+
+def content(config: "RunConfig") -> dict[str, str]:
+    """SHA-256 of the directories that a run starts from or uses, by name; what a checkpoint is checked against."""
+    paths = {"model": config.model.path, **directories(config)}
+    return {name: directory_hash(path) for name, path in paths.items() if path is not None}
+
+
+def directory_hash(path: str) -> str:
+    """SHA-256 of a model directory's configuration, weights and adapter, of their bytes alone."""
+    directory, whole = model_directory(path), hashlib.sha256()
+    names = ("config.json", "adapter_config.json")
+    for file in sorted(
+        [*(directory / n for n in names if (directory / n).is_file()), *directory.glob("*.safetensors")]
+    ):
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
+
+
+def adapters(cfg: ModelConfig, key: Array, params: Tree) -> Tree:
+    """Fresh adapters."""
+    from jaxlm.params import lora
+
+    return lora.init(cfg, key, params)
+
+
+def _fresh_base(config: "RunConfig", wanted: Variables, fresh: Any) -> Tree:
+    shardings = jax.tree.map(lambda x: x.sharding, wanted["params"])
+
+    def build() -> Tree:
+        params = fresh()
+        return params if config.quantize is None else _quantize(params, config.quantize)
+
+    return jax.jit(build, out_shardings=shardings)()
+
+
+def _abstract_model(cfg: ModelConfig, dtype: str) -> Variables:
+    """The variables of a model that was loaded: its parameters, and its adapters where it has them."""
+
+    def build(key: Array) -> Variables:
+        params = transformer.init(cfg, key)["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return {"params": jax.eval_shape(build, jax.random.key(0))}
+
+
+def _placed(tree: Tree, mesh: Mesh) -> Tree:
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, rules.shardings(tree, mesh))
+
+
+def _quantize(params: Tree, kind: str) -> Tree:
+    from jaxlm.params import quantize
+
+    return quantize.quantize(params, kind)
+
+
+def _merge(cfg: ModelConfig, params: Tree, adapters: Tree) -> Tree:
+    from jaxlm.params import lora
+
+    return lora.merge(cfg, params, adapters)
