@@ -206,7 +206,7 @@ def test_what_is_refused(tmp_path, text):
         (DataConfig(path=str(text), validation=str(empty)), "next_token", r"data.validation: .*empty.txt: no text"),
         (DataConfig(path=str(text), sequence_length=0), "next_token", r"data.sequence_length: 0 is not positive"),
         (DataConfig(path=""), "next_token", r"data.path: empty"),
-        (DataConfig(path=str(text)), "dpo", r"objective.kind: no rows for dpo"),
+        (DataConfig(path=str(text)), "telepathy", r"objective.kind: no rows for telepathy"),
     ]
     rows = rows_file(tmp_path / "rows.jsonl", 5)
     cases.append((DataConfig(path=str(rows), validation=str(blank)), "sft", r"data.validation: .*blank.jsonl: no rows"))

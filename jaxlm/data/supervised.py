@@ -92,7 +92,7 @@ def encode_samples(samples: Iterable[Sample], tokenizer: Tokenizer, length: int)
     labels: list[np.ndarray] = []
     truncated = dropped = 0
     for batch in _batches(samples):
-        for sample, (ids, learnt) in zip(batch, _encode(batch, tokenizer), strict=True):
+        for sample, (ids, learnt) in zip(batch, encode(batch, tokenizer), strict=True):
             if not learnt[1:].any():
                 raise ValueError(f"{sample.where}: no label in this example; give it an answer or remove it")
             truncated += len(ids) > length + 1
@@ -113,7 +113,7 @@ def encode_samples(samples: Iterable[Sample], tokenizer: Tokenizer, length: int)
     )
 
 
-def _encode(batch: list[Sample], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def encode(batch: list[Sample], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """int32 ids and bool labels of each sample."""
     plain = [sample for sample in batch if sample.spans is None]
     chats = [sample for sample in batch if sample.spans is not None]

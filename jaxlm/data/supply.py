@@ -13,7 +13,9 @@ from jaxlm.data.corpus import docstring_tasks
 from jaxlm.data.dataset import Dataset, Rows
 from jaxlm.data.mixture import Mixture, label_share, mixed
 from jaxlm.data.packing import Examples, RunningRows, rows_of
+from jaxlm.data.pairs import Pair, PairRows, encode_pairs, read_sets
 from jaxlm.data.prepare import bins_tokenizer, prepared, sample, text_parts
+from jaxlm.data.prompts import prompt_records, read_prompts
 from jaxlm.data.sources import Record, content_hash, digest, is_plain_text, read_records
 from jaxlm.data.splits import SHARE, SMALL_SET, hold_out_rows
 from jaxlm.data.supervised import Render, Sample, encode_samples, read_samples, sample_key
@@ -24,6 +26,9 @@ VERSION = 1
 
 RUNNING = ("next_token",)
 SUPERVISED = ("sft", "distill")
+PAIRS = ("dpo", "simpo", "orpo", "reward")
+LABELLED = ("kto",)
+PROMPTS = ("grpo", "ppo")
 
 
 class Data(NamedTuple):
@@ -54,6 +59,7 @@ class _Request:
     tokenizer: Tokenizer | None
     vocab_size: int | None
     render: Render | None
+    reserve: int
 
     @property
     def name(self) -> str:
@@ -67,12 +73,13 @@ def open_data(
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     render: Render | None = None,
+    reserve: int = 0,
 ) -> Data:
     """Open the data of a run, preparing and caching what has to be.
 
-    Running text (`next_token`, and .txt files or token bins for every kind) is cut into rows; rows of data (`sft`,
-    `distill`) become an example each. With `config.path` null, sft trains on the docstring tasks of the embedded
-    corpus and everything else on its text.
+    Running text (`next_token`, and .txt files or token bins for every kind) is cut into rows; rows of data become an
+    example each, those of preferences a pair (see `pairs`). With `config.path` null, rows are tasks made of the
+    docstrings of the embedded corpus, and everything else is its text.
 
     Args:
       config: the `data` section.
@@ -81,19 +88,25 @@ def open_data(
         bins is used, or one of `vocab_size` is trained on the training part.
       vocab_size: V of the model; None is the tokenizer's. No row holds an id that is not below it.
       render: the chat template, for rows with messages, see `supervised.Render`.
+      reserve: positions of a row that completions of the model's own need (`grpo`, `ppo`).
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: `where: what; what to do` for everything that is wrong with the configuration or the data.
     """
     config.validate()
-    if kind not in RUNNING + SUPERVISED:
-        raise ValueError(f"objective.kind: no rows for {kind}; this door knows {', '.join(RUNNING + SUPERVISED)}")
+    known = RUNNING + SUPERVISED + PAIRS + LABELLED + PROMPTS
+    if kind not in known:
+        raise ValueError(f"objective.kind: no rows for {kind}; this door knows {', '.join(known)}")
     if config.tokenizer is not None:
         given = tokenizer.eos_id if tokenizer is not None else None
         loaded = load_tokenizer(config.tokenizer)
         tokenizer = loaded if loaded.eos_id is not None else dataclasses.replace(loaded, eos_id=given)
-    request = _Request(config, kind, tokenizer, vocab_size, render)
+    request = _Request(config, kind, tokenizer, vocab_size, render, reserve)
+    if kind in PAIRS + LABELLED:
+        return _open_pairs(request)
+    if kind in PROMPTS:
+        return _open_prompts(request)
     data = _open_running(request) if _is_running(config, kind) else _open_rows(request)
     return data if config.mixture is None else _with_general(request, data, config.mixture)
 
@@ -196,16 +209,93 @@ def _open_rows(request: _Request) -> Data:
     train = _examples(request, samples, tokenizer, notes)
     if not held_out:
         validation = train
-        notes.append(
-            f"validation: nothing is held out of {len(samples)} rows (fewer than {SMALL_SET}); evaluations are on the "
-            "training rows; set data.validation"
-        )
+        notes.append(_nothing_held_out(len(samples)))
     else:
         validation = _examples(request, held_out, tokenizer, [])
     length = config.sequence_length
     rows = [rows_of(part, length, config.packing) for part in (train, validation)]
     data = _data(request, tokenizer, rows[0], rows[1], content)
     return data._replace(notes=(*data.notes, *notes))
+
+
+def _open_pairs(request: _Request) -> Data:
+    config, kind = request.config, request.kind
+    for field, wanted in (("packing", False), ("mixture", None)):
+        if getattr(config, field) != wanted:
+            raise ValueError(f"data.{field}: cannot be with objective.kind {kind}; leave it out")
+    sets, content = read_sets(config, kind in LABELLED, request.render)
+    if not sets["train"]:
+        raise ValueError(f"{request.name}: no rows; give a file with something in it")
+    tokenizer = request.tokenizer
+    if tokenizer is None:
+        texts = lambda: (side.text for pair in sets["train"] for side in pair.sides)  # noqa: E731
+        tokenizer = train_tokenizer(sample(texts), request.vocab_size or DEFAULT_VOCABULARY)
+    rows = {name: _pair_rows(request, pairs, tokenizer) for name, pairs in sets.items()}
+    train = rows.pop("train")
+    notes: tuple[str, ...] = ()
+    if train.truncated:
+        notes += (f"data: {train.truncated} of {len(sets['train'])} rows were longer than data.sequence_length "
+                  f"{config.sequence_length}; {train.dropped} of them were dropped, the others cut",)  # fmt: skip
+    if "validation" not in rows:
+        notes += (_nothing_held_out(len(train)),)
+    data = _data(request, tokenizer, train, rows.pop("validation", train), content)
+    further = {
+        name: Dataset(part, data.train.identity | {"part": name}, f"data: the set {name}").spread(
+            config.validation_rows
+        )
+        for name, part in rows.items()
+    }
+    return data._replace(notes=(*data.notes, *notes), others={**data.others, **further})
+
+
+def _pair_rows(request: _Request, pairs: list[Pair], tokenizer: Tokenizer) -> PairRows:
+    rows = encode_pairs(pairs, tokenizer, request.config.sequence_length, whole=request.kind == "reward")
+    for side in rows.sides:
+        _check_ids(request, side.examples, tokenizer)
+    return rows
+
+
+def _open_prompts(request: _Request) -> Data:
+    config = request.config
+    for field, wanted in (("packing", False), ("mixture", None)):
+        if getattr(config, field) != wanted:
+            raise ValueError(f"data.{field}: cannot be with objective.kind {request.kind}; leave it out")
+    room = config.sequence_length - request.reserve
+    if room < 1:
+        raise ValueError(
+            f"objective.max_new_tokens: {request.reserve} leaves no room for a prompt in data.sequence_length "
+            f"{config.sequence_length}; change one of them"
+        )
+    records, held_out, content = prompt_records(config.path, config.validation)
+    if not records:
+        raise ValueError(f"{request.name}: no rows; give a file with something in it")
+    tokenizer = request.tokenizer
+    if tokenizer is None:
+        texts = lambda: (str(record.fields.get("prompt")) for record in records)  # noqa: E731
+        tokenizer = train_tokenizer(sample(texts), request.vocab_size or DEFAULT_VOCABULARY)
+    train, cut = read_prompts(records, tokenizer, room)
+    notes = (_nothing_held_out(len(records)),) if not held_out else ()
+    if cut:
+        notes += (
+            f"data: {cut} of {len(records)} prompts lost their beginning: data.sequence_length {config.sequence_length}"
+            f" leaves room for {room} tokens of them",
+        )
+    validation = read_prompts(held_out, tokenizer, room)[0].spread(config.validation_rows) if held_out else train
+    top, vocab_size = max(map(max, train.ids + validation.ids)), request.vocab_size or tokenizer.size
+    if top >= vocab_size:
+        raise ValueError(
+            f"{request.name}: token id {top} is outside the vocabulary of {vocab_size}; use the model's tokenizer or a "
+            "larger model.vocab_size"
+        )
+    data = _data(request, tokenizer, train, validation, content)
+    return data._replace(notes=(*data.notes, *notes))
+
+
+def _nothing_held_out(count: int) -> str:
+    return (
+        f"validation: nothing is held out of {count} rows (fewer than {SMALL_SET}); evaluations are on the "
+        "training rows; set data.validation"
+    )
 
 
 def _samples(request: _Request) -> tuple[list[Sample], list[Sample], dict[str, str]]:
@@ -233,6 +323,16 @@ def _samples(request: _Request) -> tuple[list[Sample], list[Sample], dict[str, s
 
 def _examples(request: _Request, samples: list[Sample], tokenizer: Tokenizer, notes: list[str]) -> Examples:
     examples = encode_samples(samples, tokenizer, request.config.sequence_length)
+    _check_ids(request, examples, tokenizer)
+    if examples.truncated:
+        notes.append(
+            f"data: {examples.truncated} of {len(samples)} examples were cut to {request.config.sequence_length + 1} "
+            f"tokens; {examples.dropped} of them had no label left and were dropped"
+        )
+    return examples
+
+
+def _check_ids(request: _Request, examples: Examples, tokenizer: Tokenizer) -> None:
     vocab_size = request.vocab_size or tokenizer.size
     if examples.tokens.size and examples.tokens.max() >= vocab_size:
         position = int(np.argmax(examples.tokens >= vocab_size))
@@ -240,12 +340,6 @@ def _examples(request: _Request, samples: list[Sample], tokenizer: Tokenizer, no
             f"{request.name}: token {position} is id {examples.tokens[position]}, outside the vocabulary of "
             f"{vocab_size}; use the model's tokenizer or a larger model.vocab_size"
         )
-    if examples.truncated:
-        notes.append(
-            f"data: {examples.truncated} of {len(samples)} examples were cut to {request.config.sequence_length + 1} "
-            f"tokens; {examples.dropped} of them had no label left and were dropped"
-        )
-    return examples
 
 
 def _data(request: _Request, tokenizer: Tokenizer, train: Rows, validation: Rows, content: dict[str, str]) -> Data:

@@ -15,8 +15,8 @@ from jaxlm.types import Array, Batch, Tree
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """How an array of rows lies: rows over data, fsdp and expert; positions (the second dimension) over context."""
-    return NamedSharding(mesh, PartitionSpec(ROWS, *("context",)[: ndim - 1]))
+    """How an array of rows lies: rows over data, fsdp and expert; positions (the last dimension) over context."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, *(None,) * (ndim - 2), *("context",)[: ndim - 1]))
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -56,9 +56,9 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | N
                 "read the rows that host_rows names"
             )
         context = mesh.shape["context"]
-        if column.ndim > 1 and column.shape[1] % context:
+        if column.ndim > 1 and column.shape[-1] % context:
             raise ValueError(
-                f"data.sequence_length: {column.shape[1]} (of {name}) is not a multiple of mesh.context {context}; "
+                f"data.sequence_length: {column.shape[-1]} (of {name}) is not a multiple of mesh.context {context}; "
                 "change one of them"
             )
         sharding = batch_sharding(mesh, column.ndim)
