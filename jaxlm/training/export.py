@@ -13,7 +13,9 @@ from jaxlm.dist.mesh import MeshConfig
 from jaxlm.interop.load import load, load_config
 from jaxlm.interop.save import save
 from jaxlm.nn.config import ModelConfig
+from jaxlm.objectives.forward import policy
 from jaxlm.training import checkpoint
+from jaxlm.training.frozen import whole
 from jaxlm.training.setup import assemble, model_config
 from jaxlm.types import Variables
 
@@ -48,4 +50,9 @@ def latest(run: Path, config: "RunConfig", report: Callable[[str], None]) -> tup
     alone = dataclasses.replace(config, mesh=MeshConfig())
     program = assemble(alone, cfg, meshes.make(MeshConfig(), jax.devices()[:1]))
     report(f"{run}: the model of step {restored.step}")
-    return program.cfg, restored.state.get("ema") or restored.state["params"]
+    trained = restored.state.get("ema") or restored.state["params"]
+    if cfg.lora is None:
+        return program.cfg, policy(trained, {})
+    path = config.model.path
+    base = jax.jit(program.base)() if path is None else whole(path, "auto", program.mesh)
+    return program.cfg, policy(trained, {"params": base})

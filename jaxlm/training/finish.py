@@ -74,7 +74,9 @@ def finish(run: "Run", step: int) -> None:
     setup, directory = run.setup, run.directory
     run.progress.status("exporting")
     variables = run.variables
-    variables = place.gather({"lora": variables["lora"]} if "lora" in variables else variables)
+    # Adapters of a directory are written alone; those of a base that is nowhere else, with it.
+    alone = "lora" in variables and setup.config.model.path is not None
+    variables = place.gather({"lora": variables["lora"]} if alone else variables)
     if not multihost.is_main():
         return
     save(directory / "hf", setup.program.cfg, variables, tokenizer=directory / "tokenizer.json", own_form=True)

@@ -11,6 +11,8 @@ from jaxlm.dist import rules
 from jaxlm.interop.load import load, load_config, model_directory
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
+from jaxlm.params import lora
+from jaxlm.training.rewards import model_directory_of
 from jaxlm.types import Array, Tree, Variables
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ Models = dict[str, ModelConfig]
 def directories(config: "RunConfig") -> dict[str, str]:
     """Model directories that the objective needs besides the trained model, by name."""
     teacher = getattr(config.objective, "teacher", None)
-    return {"teacher": teacher} if teacher else {}
+    reward = model_directory_of(getattr(config.objective, "rewards", ()))
+    return {name: path for name, path in (("teacher", teacher), ("reward", reward)) if path}
 
 
 def others(config: "RunConfig") -> Models:
@@ -114,7 +117,7 @@ def whole(path: str, dtype: str, mesh: Mesh, kind: str | None = None) -> Tree:
     cfg, variables = load(path, dtype, quantize=None if adapted else kind, mesh=mesh)
     if "lora" not in variables:
         return variables["params"]
-    merged = _merge(cfg, variables["params"], variables["lora"])
+    merged = lora.merge(cfg, variables["params"], variables["lora"])
     return merged if kind is None else _quantize(merged, kind)
 
 
@@ -139,13 +142,6 @@ def directory_hash(path: str) -> str:
         with file.open("rb") as stream:
             whole.update(hashlib.file_digest(stream, "sha256").digest())
     return whole.hexdigest()
-
-
-def adapters(cfg: ModelConfig, key: Array, params: Tree) -> Tree:
-    """Fresh adapters."""
-    from jaxlm.params import lora
-
-    return lora.init(cfg, key, params)
 
 
 def _fresh_base(config: "RunConfig", wanted: Variables, fresh: Any) -> Tree:
@@ -179,9 +175,3 @@ def _quantize(params: Tree, kind: str) -> Tree:
     from jaxlm.params import quantize
 
     return quantize.quantize(params, kind)
-
-
-def _merge(cfg: ModelConfig, params: Tree, adapters: Tree) -> Tree:
-    from jaxlm.params import lora
-
-    return lora.merge(cfg, params, adapters)

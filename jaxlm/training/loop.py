@@ -20,7 +20,7 @@ from jaxlm.training.meta import compare_meta
 from jaxlm.training.plan import check_limit
 from jaxlm.training.progress import Progress, open_progress
 from jaxlm.training.recorder import Recorder
-from jaxlm.training.setup import Setup, global_batch, load_frozen, prepare, start, use_compilation_cache
+from jaxlm.training.setup import Setup, global_batch, load_frozen, prepare, settle, start, use_compilation_cache
 from jaxlm.training.step import State, train_step
 from jaxlm.training.stopping import Stopping
 from jaxlm.types import Batch, Variables
@@ -136,11 +136,11 @@ class Run:
         self.progress.status("initialising")
         frozen = load_frozen(config, program)
         if restored is None:
-            return start(config.model.path, program, frozen), frozen, 0
+            return start(config.model.path, program, frozen), settle(program, frozen), 0
         self.stopping = stopping.from_json(restored.meta["stopping"])
         self.seconds = float(restored.meta["seconds"])
         self.progress.message(f"resuming {self.directory} at step {restored.step}")
-        return restored.state, frozen, int(restored.meta["tokens"])
+        return restored.state, settle(program, frozen), int(restored.meta["tokens"])
 
     def _batches(self, first: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         setup = self.setup

@@ -29,8 +29,10 @@ from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
+from jaxlm.params import lora as adapters
 from jaxlm.params import mup
 from jaxlm.training import frozen as frozen_trees
+from jaxlm.training.rewards import load_rewards
 from jaxlm.training.step import Recipe, State, init_state
 from jaxlm.types import Apply, Array, Batch, Objective, Output, Tree, Variables
 
@@ -96,6 +98,7 @@ def prepare(config: "RunConfig") -> Setup:
       ValueError, FileNotFoundError: `where: what; what to do`.
     """
     mesh = meshes.make(config.mesh)
+    load_rewards(getattr(config.objective, "rewards", ()))
     directory = None if config.model.path is None else load_config(config.model.path)
     data = open_data(
         config.data,
@@ -103,6 +106,7 @@ def prepare(config: "RunConfig") -> Setup:
         tokenizer=None if directory is None else model_tokenizer(config.model.path, directory),
         vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
         render=None if directory is None else renderer(config.model.path or ""),
+        reserve=getattr(config.objective, "max_new_tokens", 0),
     )
     cfg = model_config(config, directory, data.tokenizer)
     if directory is not None and cfg.rope != directory.rope:
@@ -190,6 +194,19 @@ def start(path: str | None, program: Program, frozen: Variables | None = None) -
     if base is None and path is not None:
         base = frozen_trees.whole(path, "float32", program.mesh)
     return jax.jit(build, out_shardings=program.shardings)(base)
+
+
+def settle(program: Program, frozen: Variables) -> Variables:
+    """The frozen trees that go with the adapters of step 0: PiSSA takes what it starts from out of the base."""
+    lora = program.cfg.lora
+    if lora is None or lora.init != "pissa":
+        return frozen
+
+    def rest(params: Tree) -> Tree:
+        return adapters.residual(program.cfg, params, program.fresh(params)["lora"])
+
+    shardings = jax.tree.map(lambda x: x.sharding, program.frozen["params"])
+    return {**frozen, "params": jax.jit(rest, out_shardings=shardings)(frozen["params"])}
 
 
 def model_tokenizer(path: str | None, directory: ModelConfig) -> Tokenizer | None:
@@ -297,7 +314,7 @@ def _fresh(
 ) -> Variables:
     """What is trained: adapters of `params`, or `params`; and the objective's own trees, which lie beside them."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    name, trained = ("params", params) if cfg.lora is None else ("lora", frozen_trees.adapters(cfg, key, params))
+    name, trained = ("params", params) if cfg.lora is None else ("lora", adapters.init(cfg, key, params))
     own = objective.init({"policy": cfg, **models}, jax.random.fold_in(key, 1))
     # A new head is a part of the model, unless the directory came with one.
     return {name: {**own.pop("params", {}), **trained}, **own}
