@@ -91,7 +91,11 @@ class LoraConfig:
       dropout: applied to the adapter's input in training.
       rslora: rank-stabilised scale (2312.03732).
       dora: weight-decomposed adapters (2402.09353).
-      rank_pattern, alpha_pattern: per-module overrides, PEFT's patterns.
+      init: `default` (A Kaiming-uniform, B zero), or `pissa` (principal components of the weight, 2404.02948; the
+        frozen base is then what they leave over, `jaxlm.params.lora.residual`).
+      plus_ratio: learning rate of B over that of A (LoRA+, 2402.12354); null: the same.
+      rank_pattern, alpha_pattern: per-module overrides, PEFT's patterns: {regular expression: value}.
+      modules_to_save: modules trained whole beside the adapters, by Hugging Face's names (`lm_head`, `embed_tokens`).
     """
 
     r: Count = 16
@@ -100,8 +104,21 @@ class LoraConfig:
     dropout: Share = 0.0
     rslora: bool = False
     dora: bool = False
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    init: Literal["default", "pissa"] = "default"
+    plus_ratio: Above0 | None = None
+    rank_pattern: dict[str, Count] | tuple[tuple[str, Count], ...] = ()
+    alpha_pattern: dict[str, Above0] | tuple[tuple[str, Above0], ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Lists and dicts become tuples, so that a configuration can be the key of a compiled program."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            pairs = pattern.items() if isinstance(pattern, dict) else pattern
+            object.__setattr__(self, name, tuple((key, value) for key, value in pairs))
+        if self.targets != "all-linear":
+            object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,10 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
     """The whole optimizer of a run.
 
-    clip -> the rule (Adam's scaling, ...) -> muP factors -> weight decay -> layer-wise factors -> schedule -> -1, and
-    SAM around all of it. So muP keeps learning rate times decay constant over width, and the rate of a layer scales
-    its decay, as in parameter groups elsewhere. With SAM, `update` needs `grad_fn` and may be given `value`; see `sam`.
+    clip -> the rule (Adam's scaling, ...) -> muP factors -> weight decay -> layer-wise factors -> LoRA+ -> schedule
+    -> -1, and SAM around all of it. So muP keeps learning rate times decay constant over width, and the rate of a
+    layer scales its decay, as in parameter groups elsewhere. With SAM, `update` needs `grad_fn` and may be given
+    `value`; see `sam`.
 
     Args:
       config: names and numbers.
@@ -48,6 +49,8 @@ def make(
         parts.append(add_decayed_weights(decay_rates(config, tree, plan)))
     if config.layer_lr is not None:
         parts.append(scale_by_multipliers(layers.multipliers(config.layer_lr, model, tree)))
+    if model.lora is not None and model.lora.plus_ratio is not None:
+        parts.append(scale_by_multipliers(adapter_rates(model.lora.plus_ratio, tree)))
     parts += [optax.scale_by_schedule(schedule), optax.scale(-1.0)]
     chain = optax.chain(*parts)
     if config.name == "schedule_free":
@@ -64,6 +67,14 @@ def decay_rates(config: OptimizerConfig, tree: Tree, plan: Plan | None = None) -
     if plan is None:
         return axes.map_roles(lambda path, leaf, role: config.weight_decay if role.decayed else 0.0, tree)
     return jax.tree.map(lambda factor: config.weight_decay * factor, plan.decay)
+
+
+def adapter_rates(ratio: float, tree: Tree) -> Tree:
+    """LoRA+ (2402.12354): B of each adapter learns at `ratio` times the rate, everything else at the rate itself.
+
+    {"q": {"a": [N, D, R], "b": [N, R, D]}}  ->  {"q": {"a": 1.0, "b": ratio}}
+    """
+    return axes.map_roles(lambda path, leaf, role: ratio if role.kind == "lora_b" else 1.0, tree)
 
 
 def eps_values(config: OptimizerConfig, tree: Tree, plan: Plan | None = None) -> Tree:

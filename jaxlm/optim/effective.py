@@ -7,7 +7,7 @@ import numpy as np
 from jaxlm import tree as trees
 from jaxlm.nn.config import ModelConfig
 from jaxlm.optim import layers
-from jaxlm.optim.chain import decay_rates, eps_values
+from jaxlm.optim.chain import adapter_rates, decay_rates, eps_values
 from jaxlm.optim.config import OptimizerConfig
 from jaxlm.optim.rules import choices
 from jaxlm.params import axes
@@ -79,11 +79,13 @@ def _trained(config: OptimizerConfig, model: ModelConfig, tree: Tree, plan: Plan
     chosen = trees.leaves(choices(config, tree, eps_values(config, tree, plan)))
     by_layer = {} if config.layer_lr is None else trees.leaves(layers.multipliers(config.layer_lr, model, tree))
     rate = {} if plan is None else trees.leaves(plan.learning_rate)
+    plus = model.lora.plus_ratio if model.lora is not None else None
+    adapters = {} if plus is None else trees.leaves(adapter_rates(plus, tree))
     std = {} if plan is None else trees.leaves(plan.init_std)
 
     def values(path: str, role: Role) -> list[_Values]:
         factor, choice = rate.get(path, 1.0), chosen[path]
-        peaks = config.learning_rate * factor * np.ravel(by_layer.get(path, 1.0))
+        peaks = config.learning_rate * factor * adapters.get(path, 1.0) * np.ravel(by_layer.get(path, 1.0))
         init_std = axes.standard_std(model if plan is None else plan.base, path, role) * std.get(path, 1.0)
         eps = choice.eps or None
         found = [_Values(init_std, float(peak), decay[path] / factor, eps, choice.rule) for peak in peaks]

@@ -80,20 +80,23 @@ ROLES: Rules[Role] = (
     ("mlp/(gate|up)/bias", _vector("expert")),
     ("(attn/o|mlp/down)/bias", _vector("D")),
     ("([a-z]+_)?norm/(scale|bias)", _vector("D")),
-    ("(attn/(q|k|v)|mlp/(gate|up|router)|unembed)/a", Role("lora_a", "D", None)),
+    ("(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up|router)|unembed)/a", Role("lora_a", "D", None)),
     ("attn/o/a", Role("lora_a", "HK", None)),
     ("dense_layers/mlp/down/a", Role("lora_a", "F", None)),
     ("mlp/down/a", Role("lora_a", "expert", None)),
-    ("attn/q/b", Role("lora_b", None, "HK")),
+    ("embed/a", Role("lora_a", None, None)),
+    ("attn/(q|qkv)/b", Role("lora_b", None, "HK")),
     ("attn/(k|v)/b", Role("lora_b", None, "GK")),
-    ("dense_layers/mlp/(gate|up)/b", Role("lora_b", None, "F")),
-    ("mlp/(gate|up)/b", Role("lora_b", None, "expert")),
-    ("(attn/o|mlp/down)/b", Role("lora_b", None, "D")),
+    ("dense_layers/mlp/(gate|up|gate_up)/b", Role("lora_b", None, "F")),
+    ("mlp/(gate|up|gate_up)/b", Role("lora_b", None, "expert")),
+    ("(attn/o|mlp/down|embed)/b", Role("lora_b", None, "D")),
     ("(mlp/router|unembed)/b", Role("lora_b", None, None)),
-    ("attn/q/magnitude", _vector("HK")),
+    ("attn/(q|qkv)/magnitude", _vector("HK")),
     ("attn/(k|v)/magnitude", _vector("GK")),
-    ("mlp/(gate|up)/magnitude", _vector("expert")),
-    ("(attn/o|mlp/down)/magnitude", _vector("D")),
+    ("dense_layers/mlp/(gate|up|gate_up)/magnitude", _vector("F")),
+    ("mlp/(gate|up|gate_up)/magnitude", _vector("expert")),
+    ("(attn/o|mlp/down|embed)/magnitude", _vector("D")),
+    ("(mlp/router|unembed)/magnitude", Role("scalar")),
 )
 """Ordered (pattern, role); the first match counts. `layers/mlp` is the mixture of experts where there is one."""
 
@@ -163,6 +166,8 @@ def standard_std(cfg: ModelConfig, path: str, role: Role) -> float:
     """Standard deviation of a fresh leaf under the standard parametrisation (0 for biases, gains and LoRA's B)."""
     if role.kind == "lora_a" and role.fan_in is not None:
         return (3 * size(cfg, role.fan_in)) ** -0.5  # uniform in +- fan_in^-0.5, as in PEFT
+    if trees.matches("embed/b", path):
+        return 1.0
     if not role.decayed:
         return 0.0
     if role.fan_in is not None:
