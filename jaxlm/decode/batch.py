@@ -37,9 +37,9 @@ def cache_bucket(number: int) -> int:
     return size * 3 // 4 if size > 512 and number <= size * 3 // 4 else size
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> Prompts:
-    """Lists of ids -> `Prompts`."""
-    rows, width = bucket(len(prompts)), 1 + bucket(max(map(len, prompts)) - 1, SMALLEST_PROMPT)
+def pad(prompts: Sequence[Sequence[int]], longest: int = 0) -> Prompts:
+    """Lists of ids -> `Prompts`, as wide as for a prompt of `longest` tokens."""
+    rows, width = bucket(len(prompts)), 1 + bucket(max(longest, *map(len, prompts), 1) - 1, SMALLEST_PROMPT)
     tokens, segments = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt

@@ -24,21 +24,21 @@ def sample_on(
     mesh: Mesh,
     cfg: ModelConfig,
     variables: Variables,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | batch.Prompts,
     max_new_tokens: int,
     choice: Choice = GREEDY,
 ) -> Samples:
     """`generation.sample` with variables spread over a mesh; they need not be prepared.
 
     All processes call it together with the same arguments. It computes in bfloat16 on accelerators, in float32 on CPU.
+    Who calls it often pads the prompts himself, always to the same width, and one program serves all calls.
 
     Raises:
       ValueError: as `generation.sample`.
     """
     if choice.stop:
         raise ValueError("choice.stop: cannot be used over a mesh; cut the ids where they are read")
-    ids = batch.check(cfg, prompts, max_new_tokens)
-    padded = batch.pad(ids)
+    padded = prompts if isinstance(prompts, batch.Prompts) else batch.pad(batch.check(cfg, prompts, max_new_tokens))
     rows = len(padded.lengths)
     settings = sampling.settings([choice] * rows, range(rows), [ends_of(cfg)] * rows)
     dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

@@ -19,6 +19,9 @@ OBJECTIVES = {
     "orpo": "jaxlm.objectives.preference:orpo",
     "kto": "jaxlm.objectives.kto:kto",
     "reward": "jaxlm.objectives.reward:reward",
+    "distill": "jaxlm.objectives.distill:distill",
+    "grpo": "jaxlm.objectives.grpo:grpo",
+    "ppo": "jaxlm.objectives.ppo:ppo",
 }
 """Kind -> `module:function`, the function from its configuration to the objective."""
 

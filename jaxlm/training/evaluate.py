@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.dataset import Dataset
-from jaxlm.data.supply import RUNNING, SUPERVISED
+from jaxlm.data.supply import LABELLED, PAIRS, PROMPTS, RUNNING, SUPERVISED
 from jaxlm.objectives.cross_entropy import cross_entropy
 from jaxlm.objectives.forward import policy
+from jaxlm.training import answers, preferences
 from jaxlm.training.setup import Setup, global_batch
 from jaxlm.training.step import Recipe
 from jaxlm.types import Apply, Array, Batch, Variables
@@ -33,6 +34,10 @@ def make(setup: Setup) -> Evaluator:
     """What evaluates a run of this objective: `loss` and others on the held-out rows, and on each further set of them
     under `<its name>/`.
     """
+    if setup.config.objective.kind in PROMPTS:
+        return answers.make(setup)
+    if setup.config.objective.kind in PAIRS + LABELLED:
+        return preferences.make(setup, batches_of)
     recipe = setup.program.recipe
     measure: Callable[[Variables, Variables, Iterable[Batch]], dict[str, float]]
     if setup.config.objective.kind in RUNNING + SUPERVISED:

@@ -20,6 +20,7 @@ from jaxlm.decode.sampling import Choice
 from jaxlm.decode.streaming import CONTEXT
 from jaxlm.decode.together import sample_on
 from jaxlm.dist import multihost, place
+from jaxlm.objectives.completions import reward_column
 from jaxlm.objectives.config import GrpoConfig, PpoConfig
 from jaxlm.objectives.forward import policy
 from jaxlm.training.rewards import Reward, load_rewards
@@ -111,8 +112,8 @@ class Roller:
             "mask": mask,
             "segments": segments,
             "positions": np.arange(shape[1], dtype=np.int32)[None, :] * segments,
-            "rewards": drawn.rewards,
             "ended": np.isin(last, self.ends).astype(np.float32),
+            **{reward_column(i): column for i, column in enumerate(drawn.rewards.T)},
         }
 
 
