@@ -15,9 +15,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxlm.objectives.sequences import completions_of, policy_log_probs, real_rows, row_weights, with_reference
 from jaxlm.objectives.config import DpoConfig, OrpoConfig, SimpoConfig
 from jaxlm.objectives.next_token import unprepared
+from jaxlm.objectives.sequences import (
+    completions_of,
+    frozen_log_probs,
+    policy_log_probs,
+    real_rows,
+    row_weights,
+    with_reference,
+    without_prompt,
+)
 from jaxlm.types import Apply, Array, Batch, Objective, Variables
 
 log_sigmoid = jax.nn.log_sigmoid
@@ -157,6 +165,13 @@ def pair_metrics(mean: Callable[[Array], Array], rewards: Array, log_probs: Arra
         "logps/chosen": mean(log_probs[:, 0]),
         "logps/rejected": mean(log_probs[:, 1]),
     }
+
+
+def unconditional_accuracy(apply: Apply, variables: Variables, batch: Batch, weights: dict[str, Array]) -> Array:
+    """How often a model gives the chosen completion more probability than the rejected, seeing neither prompt: this
+    batch's share of the mean over pairs."""
+    log_probs = frozen_log_probs(apply, variables, without_prompt(batch))
+    return _over_pairs(batch, weights)((log_probs[:, 0] > log_probs[:, 1]).astype(jnp.float32))
 
 
 def _over_pairs(batch: Batch, weights: dict[str, Array]) -> Callable[[Array], Array]:

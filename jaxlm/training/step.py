@@ -1,7 +1,7 @@
 """The one training step: gradient of any objective, accumulated in float32, guarded, applied."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,11 @@ def _nothing(like: Parts) -> Parts:
     return loss, {name: value + start[_extreme(name)] for name, value in metrics.items()}, grads
 
 
+def combine(name: str, total: Any, part: Any) -> Any:
+    """A metric of rows and of further rows together: their sum, or the extreme of them."""
+    return {"": jnp.add, "min_": jnp.minimum, "max_": jnp.maximum}[_extreme(name)](total, part)
+
+
 def _added(total: Parts, part: Parts) -> Parts:
-    combine = {"": jnp.add, "min_": jnp.minimum, "max_": jnp.maximum}
-    metrics = {name: combine[_extreme(name)](value, part[1][name]) for name, value in total[1].items()}
+    metrics = {name: combine(name, value, part[1][name]) for name, value in total[1].items()}
     return total[0] + part[0], metrics, jax.tree.map(jnp.add, total[2], part[2])
