@@ -16,7 +16,7 @@ PUBLIC = {
     "logits": "jaxlm.nn.transformer:logits",
     "render_chat": "jaxlm.interop.chat:render_chat",
     "save": "jaxlm.interop.save:save",
-    "train": "jaxlm.training.loop:train",
+    "train": "jaxlm.evals.around:train",
 }
 """Public names, and the `module:attribute` that holds each."""
 

@@ -12,7 +12,11 @@ at_least_1 = click.IntRange(min=1)
 
 @click.command(cls=Command, example="jaxlm eval runs/quickstart --data notes.txt --output runs/quickstart/evals")
 @click.argument("model", metavar="MODEL")
-@click.option("--tasks", metavar="T[,T...]", help="Choice questions (.jsonl), or lm-eval tasks (YAML or name).")
+@click.option(
+    "--tasks",
+    metavar="T[,T...]",
+    help="Choice questions (.jsonl), docstrings, docstrings_shuffled, or lm-eval tasks (YAML, name).",
+)
 @click.option("--data", metavar="FILE", help="A text, for its perplexity.")
 @click.option("--output", metavar="DIR", required=True, help="Gets results.json and samples_<task>.jsonl.")
 @click.option("--batch-size", type=at_least_1, default=16, show_default=True, help="Rows of a batch.")

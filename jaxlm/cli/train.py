@@ -18,6 +18,6 @@ def command(config: str, overrides: tuple[str, ...]) -> int | None:
     from jaxlm.config import load
 
     settings = load(config, overrides)
-    from jaxlm.training.loop import train
+    from jaxlm.evals.around import train
 
     return train(settings)

@@ -15,12 +15,19 @@ METRICS = ("acc", "acc_norm")
 
 
 class Question(NamedTuple):
-    """One question: its row in the file, its prompt, the texts to choose from, and the index of the right one."""
+    """One question: its row in the file, its prompt, the texts to choose from, the index of the right one, and what
+    stands between prompt and answer."""
 
     doc: dict[str, Any]
     prompt: str
     choices: list[str]
     gold: int
+    separator: str = " "
+
+    @property
+    def answers(self) -> list[str]:
+        """The texts that are scored after the prompt."""
+        return [f"{self.separator}{choice}" for choice in self.choices]
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -54,7 +61,7 @@ def evaluate(subject: Subject, questions: Sequence[Question], task: str) -> Outc
     Returns:
       Both metrics with standard errors, and a sample a question.
     """
-    pairs = [(question.prompt, f" {choice}") for question in questions for choice in question.choices]
+    pairs = [(question.prompt, answer) for question in questions for answer in question.answers]
     scores = iter(score(subject, [Request(*subject.encode_pair(*pair)) for pair in pairs]))
     samples = [
         _sample(number, question, [next(scores) for _ in question.choices]) for number, question in enumerate(questions)
@@ -97,8 +104,7 @@ def _sample(number: int, question: Question, scores: list[Score]) -> Sample:
         "doc": question.doc,
         "target": str(question.gold),
         "arguments": {
-            f"gen_args_{i}": {"arg_0": question.prompt, "arg_1": f" {choice}"}
-            for i, choice in enumerate(question.choices)
+            f"gen_args_{i}": {"arg_0": question.prompt, "arg_1": answer} for i, answer in enumerate(question.answers)
         },
         "resps": [[answer] for answer in answers],
         "filtered_resps": answers,

@@ -109,7 +109,7 @@ def load_subject(
         raise ValueError(
             f"{directory}: tokenizer.json has {tokenizer.size} tokens, the model {cfg.V}; use the model's own tokenizer"
         )
-    prefix, end = _ends(cfg, tokenizer, directory)
+    prefix, end = ends(cfg, tokenizer, directory)
     return Subject(cfg, variables, tokenizer, directory, Compute(dtype=dtype), batch_size, prefix, end, report)
 
 
@@ -118,14 +118,14 @@ def exact() -> contextlib.AbstractContextManager[None]:
     return jax.default_matmul_precision("highest")
 
 
-def _ends(cfg: ModelConfig, tokenizer: Tokenizer, directory: Path) -> tuple[int | None, int | None]:
+def ends(cfg: ModelConfig, tokenizer: Tokenizer, directory: Path) -> tuple[int | None, int | None]:
     """Beginning (else end) of text, and end of text: those of tokenizer_config.json before those of config.json."""
     named = {name: tokenizer.backend.token_to_id(text) for name, text in special_tokens(directory).items()}
     end = cfg.eos_token_id[0] if isinstance(cfg.eos_token_id, tuple) else cfg.eos_token_id
-    ends = [named.get("eos_token"), end, tokenizer.eos_id]
-    starts = [named.get("bos_token"), named.get("eos_token"), cfg.bos_token_id, *ends]
+    last = [named.get("eos_token"), end, tokenizer.eos_id]
+    starts = [named.get("bos_token"), named.get("eos_token"), cfg.bos_token_id, *last]
 
     def first(ids: list[int | None]) -> int | None:
         return next((i for i in ids if i is not None and 0 <= i < cfg.V), None)
 
-    return first(starts), first(ends)
+    return first(starts), first(last)

@@ -45,6 +45,8 @@ class TrainConfig:
       attention: the attention backend by name; null chooses.
       memory_limit: GB (10^9 bytes) per device that the run may need by estimate; more is refused. Null is no limit.
       prompts: what the sample texts continue.
+      tasks: what is scored before the first and after the last step, as `jaxlm eval --tasks` takes them: files of
+        choice questions, `docstrings` and `docstrings_shuffled` of the embedded corpus, lm-eval's tasks.
       trackers: where metrics go beside metrics.jsonl.
     """
 
@@ -65,6 +67,7 @@ class TrainConfig:
     attention: str | None = None
     memory_limit: Above0 | None = None
     prompts: tuple[str, ...] = ("The ", "def ", "Return the ")
+    tasks: tuple[str, ...] = ()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 
     def validate(self) -> None:

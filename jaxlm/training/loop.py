@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,16 @@ if TYPE_CHECKING:
     from jaxlm.config import RunConfig
 
 
-def train(config: "RunConfig") -> int:
+Scorer = Callable[[Setup, Variables, Path], dict[str, float]]
+"""`(run, model, directory for results) -> values by name`: what scores the tasks of a run before and after it."""
+
+
+def train(config: "RunConfig", scorer: Scorer | None = None) -> int:
     """Train as the configuration says; in a run directory with a checkpoint, go on from it.
+
+    Args:
+      config: the run.
+      scorer: called before the first and after the last step, with a folder in `evals` of the run directory.
 
     Returns:
       0 when done, 130 or 143 when a signal ended the run after its state was saved.
@@ -54,13 +62,14 @@ def train(config: "RunConfig") -> int:
         stop = stack.enter_context(signals.catch(progress.message))
         for note in setup.data.notes:
             progress.message(note)
-        return Run(setup, directory, progress).go(stop)
+        return Run(setup, directory, progress, scorer).go(stop)
 
 
 class Run:
     """One sitting of a run: the host's side of the loop and what it has open."""
 
-    def __init__(self, setup: Setup, directory: Path, progress: Progress) -> None:
+    def __init__(self, setup: Setup, directory: Path, progress: Progress, scorer: Scorer | None = None) -> None:
+        self.scorer = scorer
         self.setup, self.train, self.directory, self.progress = setup, setup.config.train, directory, progress
         self.checkpoints = Checkpoints(directory / "checkpoints", progress.message, keep=self.train.keep)
         self.stopping, self.begun, self.seconds = Stopping(), time.monotonic(), 0.0
@@ -83,6 +92,7 @@ class Run:
             stack.callback(self.checkpoints.close)
             if step == 0:
                 self._evaluate(0)
+                self._score("before", 0)
             batches = stack.enter_context(self._batches(step))
             while step < self.train.steps and not stopping.should_stop(self.stopping, self.train.patience):
                 self._step(step, next(batches))
@@ -105,6 +115,7 @@ class Run:
                     f"stopped early at step {step}: no better evaluation for {self.train.patience}; {best}"
                 )
             self.checkpoints.wait()
+            self._score("after", step)
             finish.finish(self, step)
         return 0
 
@@ -186,6 +197,13 @@ class Run:
         if step:
             self.stopping = stopping.update(self.stopping, step, values["loss"])
         return values["loss"]
+
+    def _score(self, when: str, step: int) -> None:
+        if self.scorer is None:
+            return
+        with self.recorder.pause("scoring the tasks"):
+            values = self.scorer(self.setup, self.variables, self.directory / "evals" / when)
+            self.recorder.evaluation(step, values)
 
     def _save(self, step: int, metric: float | None) -> None:
         self._flush()
