@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.dist import rules
-from jaxlm.interop import hf, names, safetensors
+from jaxlm.interop import hf, names, safetensors, scored
 from jaxlm.interop.hf.rows import Family
 from jaxlm.interop.names import Target
 from jaxlm.interop.safetensors import Entry
@@ -22,6 +22,7 @@ from jaxlm.types import Array, Tree, Variables
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 COMPARED = 1 << 24
 """Elements at a time, where two tensors are compared."""
 SMALL = 1 << 24
@@ -107,6 +108,7 @@ def _read_config(directory: Path) -> tuple[ModelConfig, Family]:
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: not a JSON object; mend or replace the file")
     cfg = hf.read_config(raw, str(file))
+    cfg = scored.headless(cfg) if scored.is_scored(raw) else cfg
     return _generation_ends(cfg, directory), hf.family_of(raw, str(file))
 
 
@@ -138,6 +140,9 @@ def read_generation_config(directory: Path) -> Mapping[str, Any]:
 
 def _settle_head(cfg: ModelConfig, family: Family, entries: dict[str, Entry]) -> ModelConfig:
     """A tied model whose file has a head too: equal to the embedding it is dropped, different it is kept, untied."""
+    if SCORE in entries:
+        entries.pop(HEAD, None)
+        return scored.headless(cfg)
     if not cfg.tie_embeddings or HEAD not in entries:
         return cfg
     table = family.table(cfg)
@@ -173,9 +178,10 @@ def _read_params(
     dtype: str,
     mesh: jax.sharding.Mesh | None,
 ) -> Tree:
-    table = family.table(cfg)
+    table, leaves = family.table(cfg), names.abstract(cfg)
+    if SCORE in entries:
+        table, leaves = scored.table(table), scored.leaves(leaves, cfg)
     fused = bool(table.fused) and any(name.endswith(".experts.gate_up_proj") for name in entries)
-    leaves = names.abstract(cfg)
     wanted = names.targets(cfg, table, leaves, fused)
     chosen = names.match(entries, wanted, table, where)
     for name, full in chosen.items():

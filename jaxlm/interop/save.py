@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.dist import multihost, place
-from jaxlm.interop import hf, names, safetensors
+from jaxlm.interop import hf, names, safetensors, scored
 from jaxlm.interop.directory import refuse_occupied, replacement, write_json
 from jaxlm.interop.fold import fold
 from jaxlm.interop.names import Target
@@ -45,7 +45,8 @@ def save(
     """Writes a directory that transformers' from_pretrained loads: config.json, generation_config.json, safetensors.
 
     Arrays keep their dtype and get the family's names; a tied head is left out. The forward scalars of muP, which no
-    family knows, are multiplied into weights. Everything is written beside `path` and renamed at the end. A `path`
+    family knows, are multiplied into weights. A model with a score head is written as a sequence classifier of one
+    label, without a vocabulary head. Everything is written beside `path` and renamed at the end. A `path`
     that holds a model directory already (a config.json) is replaced as a whole; any other that is not empty is
     refused. Of several processes, which must all call this, the first one writes.
 
@@ -66,9 +67,15 @@ def save(
     refuse_occupied(path)
     source = _tokenizer_files(tokenizer)
     folds, plain_cfg = fold(cfg)
-    family, written = hf.choose(plain_cfg, own_form)
     leaves = tree.leaves(variables["params"])
-    tensors = _tensors(names.targets(plain_cfg, family.table(plain_cfg), names.abstract(plain_cfg)), leaves, folds)
+    if has_score := "score/kernel" in leaves:
+        plain_cfg = scored.headless(plain_cfg)
+        leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("unembed/")}
+    family, written = hf.choose(plain_cfg, own_form)
+    table, shapes = family.table(plain_cfg), names.abstract(plain_cfg)
+    if has_score:
+        table, shapes, written = scored.table(table), scored.leaves(shapes, cfg), scored.written(written, cfg)
+    tensors = _tensors(names.targets(plain_cfg, table, shapes), leaves, folds)
     dtype = _common_dtype(tensors)
     if not multihost.is_main():
         for tensor in tensors:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlm.interop import scored
 from jaxlm.interop.hf import (
     gemma2,
     gemma3,
@@ -45,7 +46,7 @@ READABLE = FAMILIES | {"jaxlm": own.FAMILY}
 """What a directory may be: a family, or jaxlm's own form."""
 
 UNWRITTEN = ("family", "dropout", "embed_std", "lora")
-UNWRITTEN_MOE = ("balance", "aux_weight", "z_weight", "bias_rate", "capacity_factor")
+UNWRITTEN_MOE = ("balance", "aux_weight", "z_weight", "bias_rate", "capacity_factor", "jitter")
 """Fields that say nothing about what a finished model computes."""
 
 
@@ -58,15 +59,15 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
     architectures = raw.get("architectures") or []
     model_type = raw.get("model_type")
     if model_type is None:
-        model_type = next((f.model_type for f in READABLE.values() if f.architecture in architectures), None)
+        known = ((f.model_type, {f.architecture, scored.architecture(f.architecture)}) for f in READABLE.values())
+        model_type = next((name for name, classes in known if classes & {*architectures}), None)
     if model_type not in READABLE:
         named = model_type if model_type is not None else architectures
         raise ValueError(f"{where}: model_type: {named!r} is unknown; the known ones are {', '.join(FAMILIES)}")
     family = READABLE[model_type]
     backbone = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
-    if architectures and not {family.architecture, backbone, backbone.replace("3Model", "3TextModel")} & {
-        *architectures
-    }:
+    classes = {family.architecture, backbone, backbone.replace("3Model", "3TextModel")}
+    if architectures and not (classes | {scored.architecture(family.architecture)}) & {*architectures}:
         raise ValueError(f"{where}: architectures: {architectures!r} is not {family.architecture}; not supported")
     return family
 
