@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxlm.nn.qtensor import QTensor, dequantise, is_qtensor
 from jaxlm.types import Array
 
 ROWS = ("data", "fsdp", "expert")
@@ -101,7 +102,7 @@ def whole(x: Array | Fan) -> Array:
     return x.whole if isinstance(x, Fan) else x
 
 
-def columns(product: Callable[[Array, Array], Array], x: Array | Fan, w_DxF: Array) -> Array:
+def columns(product: Callable[..., Array], x: Array | Fan, w_DxF: Array | QTensor) -> Array:
     """`product(x, w)` [..., F]; of a fan, each part makes its own columns from its own copy."""
     if not isinstance(x, Fan):
         return product(x, w_DxF)
@@ -114,7 +115,7 @@ def columns(product: Callable[[Array, Array], Array], x: Array | Fan, w_DxF: Arr
     return jnp.moveaxis(y_T, 0, -2).reshape(*x.whole.shape[:-1], width)
 
 
-def rows(product: Callable[[Array, Array], Array], x: Array, w_FxD: Array) -> Array:
+def rows(product: Callable[..., Array], x: Array, w_FxD: Array | QTensor) -> Array:
     """`product(x, w)` [..., D] of x [..., F], F spread over `tensor`: the parts' sums are added in the dtype of x.
 
     Left to the partitioner, the sums would travel in the float32 in which they were made.
@@ -130,10 +131,11 @@ def rows(product: Callable[[Array, Array], Array], x: Array, w_FxD: Array) -> Ar
     return jax.lax.reduce_sum(_by_part(product, split, x_T, w_FxD), axes=(0,))
 
 
-def _by_part(product: Callable[[Array, Array], Array], split: Callable[[Array], Array], x_T: Array, w: Array) -> Array:
+def _by_part(product: Callable[..., Array], split: Callable[[Array], Array], x_T: Array, w: Array | QTensor) -> Array:
     """`product` of each part with its kernel. The kernels, not the activations, come together over `fsdp`."""
 
-    def gathered(x_T: Array, w: Array) -> Array:
+    def gathered(x_T: Array, w: Array | QTensor) -> Array:
+        w = dequantise(w, x_T.dtype) if is_qtensor(w) else w
         return jax.vmap(product)(x_T, jax.lax.with_sharding_constraint(split(w), PartitionSpec(TENSOR, None, None)))
 
     # The backward pass gathers again instead of keeping the whole kernels of all layers.

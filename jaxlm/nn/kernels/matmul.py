@@ -3,29 +3,34 @@
 Plain autodiff does not keep this: the float32 cotangent of a product of bfloat16 operands meets a bfloat16 operand, so
 that both backward products run at float32 speed on CPU. Here the cotangent is rounded to the compute dtype first, as
 the forward result is, and both backward products ask for float32 sums.
+
+A quantised weight is dequantised where it is used, in the forward and again in the backward pass: nothing but its codes
+is kept in between, so one dequantised matrix is alive at a time.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.nn.kernels.tiles import one_cpu_device
+from jaxlm.nn.qtensor import QTensor, dequantise_rows, is_qtensor
 from jaxlm.types import Array
 
 BACKENDS = ("own", "reference")
 """`own` has its own backward pass; `reference` is plain autodiff, for forward mode and Hessian-vector products."""
 
 
-def matmul(x: Array, w: Array, *, transposed: bool = False, backend: str | None = None) -> Array:
+def matmul(x: Array, w: Array | QTensor, *, transposed: bool = False, backend: str | None = None) -> Array:
     """`x @ w` over the last axis of `x`, with float32 sums.
 
     `w` is cast to the dtype of `x`. The gradient of `w` has the dtype of `w`: with float32 weights and bfloat16 `x` it
-    is the float32 sum itself, never rounded.
+    is the float32 sum itself, never rounded. A quantised `w` is a constant.
 
     Args:
       x: [..., D], floating.
-      w: [D, F], or [F, D] if `transposed` (a tied head).
+      w: [D, F], or [F, D] if `transposed` (a tied head); one quantised matrix [D, F].
       transposed: the layout of `w`.
       backend: `own` (null: this), or `reference`.
 
@@ -40,6 +45,10 @@ def matmul(x: Array, w: Array, *, transposed: bool = False, backend: str | None 
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[1 if transposed else 0]:
         layout = "[F, D]" if transposed else "[D, F]"
         raise ValueError(f"matmul: x {x.shape} does not fit w {w.shape}; give x [..., D] and w {layout}")
+    if is_qtensor(w):
+        if transposed:
+            raise ValueError("matmul: a quantised w cannot be transposed; give w [D, F]")
+        return _dequantised(x, w, True) if backend == "reference" else _quantised(x, w)
     if backend == "reference":
         return _product(x, w, transposed)
     return _matmul(transposed, x, w)
@@ -105,3 +114,26 @@ def _backward(transposed: bool, saved: tuple[Array, Array], dy: Array) -> tuple[
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _dequantised(x: Array, q: QTensor, forward: bool) -> Array:
+    """`x W`, or `x W^T` backwards. Quantised matrices lie as [F, D]."""
+    # Bound to x, the dequantised weight neither leaves a loop nor is shared between the passes.
+    codes, x = jax.lax.optimization_barrier((q.codes, x))
+    return _product(x, dequantise_rows(dataclasses.replace(q, codes=codes), x.dtype), forward)
+
+
+@jax.custom_vjp
+def _quantised(x: Array, q: QTensor) -> Array:
+    return _dequantised(x, q, True)
+
+
+def _quantised_forward(x: Array, q: QTensor) -> tuple[Array, QTensor]:
+    return _dequantised(x, q, True), q
+
+
+def _quantised_backward(q: QTensor, dy: Array) -> tuple[Array, None]:
+    return _dequantised(dy, q, False), None
+
+
+_quantised.defvjp(_quantised_forward, _quantised_backward)
