@@ -163,6 +163,17 @@ class Gradients(NamedTuple):
         whole = jax.lax.dynamic_update_slice(self.hidden, dhidden.astype(self.hidden.dtype), start)
         return Gradients(whole, self.kernel + dkernel, bias)
 
+    def scaled(
+        self, layout: Layout, scale: Array, kernel: Array, bias: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """All three times `scale`, of the layout of the head and the dtypes of `kernel` and `bias`."""
+        dhidden = (self.hidden.astype(jnp.float32) * scale).astype(self.hidden.dtype)
+        # The barrier keeps the transpose out of the product, where XLA on CPU has no form for it in low precision.
+        summed = jax.lax.optimization_barrier(self.kernel) if self.hidden.dtype.itemsize == 2 else self.kernel
+        dkernel = (summed.T if layout.tied else summed) * scale
+        dbias = None if bias is None or self.bias is None else (self.bias * scale).astype(bias.dtype)
+        return dhidden, dkernel.astype(kernel.dtype), dbias
+
 
 def no_gradients(hidden: Array, kernel: Array, bias: Array | None) -> Gradients:
     """Zeros to begin with."""

@@ -174,13 +174,8 @@ def _loss_forward(form: Form, hidden: Array, kernel: Array, bias: Array | None, 
 
 
 def _loss_backward(form: Form, saved, cotangent):
-    scale = cotangent[0]
     gradients, (kernel, bias) = saved
-    dhidden = (gradients.hidden.astype(jnp.float32) * scale).astype(gradients.hidden.dtype)
-    dkernel = gradients.kernel * scale
-    dkernel = (dkernel.T if form.layout.tied else dkernel).astype(kernel.dtype)
-    dbias = None if bias is None else (gradients.bias * scale).astype(bias.dtype)
-    return dhidden, dkernel, dbias, None, None
+    return *gradients.scaled(form.layout, cotangent[0], kernel, bias), None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
