@@ -15,7 +15,8 @@ Above0 = Annotated[float, msgspec.Meta(gt=0)]
 class ModelSection:
     """What a user says of the model; without `path` the fields make a Llama-like one.
 
-    With `path` the directory's shape holds, and a field that is given must agree with it (`adopt`).
+    With `path` the directory's shape holds, and a field that is given must agree with it (`adopt`). Only `vocab_size`
+    may be larger: the embedding and the head then get rows for more tokens (`params.vocabulary`).
 
     Attributes:
       path: a Hugging Face or run directory to start from.
@@ -82,8 +83,14 @@ def adopt(section: ModelSection, given: frozenset[str], directory: ModelConfig) 
       ValueError: naming a given field that contradicts the directory.
     """
     theirs = {name: getattr(directory, name) for name in _SHARED if name not in ("moe", "rope")}
+    theirs["vocab_size"] = max(section.vocab_size or 0, directory.V)
     for name, value in theirs.items():
         ours, held = getattr(section, name), getattr(directory, _DERIVED[name]) if name in _DERIVED else value
+        if name == "vocab_size" and ours is not None and ours < directory.V:
+            raise ValueError(
+                f"model.vocab_size: {ours} contradicts {directory.V} in {section.path}; remove the field, or give more "
+                "to add tokens"
+            )
         if f"model.{name}" in given and ours is not None and ours != held:
             raise ValueError(f"model.{name}: {ours} contradicts {held} in {section.path}; remove the field")
     moe = _merged("moe", section.moe, given, directory.moe)

@@ -11,7 +11,7 @@ from jaxlm.dist import rules
 from jaxlm.interop.load import load, load_config, model_directory
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
-from jaxlm.params import lora
+from jaxlm.params import lora, vocabulary
 from jaxlm.training.rewards import model_directory_of
 from jaxlm.types import Array, Tree, Variables
 
@@ -107,7 +107,7 @@ def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, f
         elif "params" in found and config.quantize is None:
             found["reference"] = {"params": found["params"]}
         else:
-            found["reference"] = {"params": whole(path, dtype, mesh)}
+            found["reference"] = {"params": vocabulary.extended(whole(path, dtype, mesh), cfg.V)}
     return found
 
 

@@ -30,7 +30,7 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
 from jaxlm.params import lora as adapters
-from jaxlm.params import mup
+from jaxlm.params import mup, vocabulary
 from jaxlm.training import frozen as frozen_trees
 from jaxlm.training.rewards import load_rewards
 from jaxlm.training.step import Recipe, State, init_state
@@ -104,8 +104,8 @@ def prepare(config: "RunConfig") -> Setup:
         config.data,
         kind=config.objective.kind,
         tokenizer=None if directory is None else model_tokenizer(config.model.path, directory),
-        vocab_size=config.model.vocab_size if directory is None else directory.vocab_size,
-        render=None if directory is None else renderer(config.model.path or ""),
+        vocab_size=config.model.vocab_size if directory is None else of_directory(config, directory).V,
+        render=renderer(config.data.tokenizer, config.model.path, template=config.data.template),
         reserve=getattr(config.objective, "max_new_tokens", 0),
     )
     cfg = model_config(config, directory, data.tokenizer)
@@ -189,7 +189,8 @@ def start(path: str | None, program: Program, frozen: Variables | None = None) -
     base = (frozen or {}).get("params")
 
     def build(params: Tree) -> State:
-        return init_state(program.recipe, program.fresh(program.base() if params is None else params))
+        params = program.base() if params is None else vocabulary.extended(params, program.cfg.V)
+        return init_state(program.recipe, program.fresh(params))
 
     if base is None and path is not None:
         base = frozen_trees.whole(path, "float32", program.mesh)
@@ -222,14 +223,26 @@ def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
     rope, length = config.model.rope or directory.rope, directory.max_length
     if rope != directory.rope and rope.factor is not None:
         length = round((rope.original_length or length) * rope.factor)
-    dropout, lora = config.train.dropout, config.lora
-    return dataclasses.replace(directory, rope=rope, max_length=length, dropout=dropout, lora=lora)
+    size = max(config.model.vocab_size or 0, directory.V)
+    if config.lora is not None and size > directory.V:
+        raise ValueError(
+            f"model.vocab_size: {size} adds tokens to the {directory.V} of {config.model.path}, and lora leaves the "
+            "model itself as it is; add them in a run without lora first"
+        )
+    changes = {"rope": rope, "max_length": length, "dropout": config.train.dropout, "lora": config.lora}
+    return dataclasses.replace(directory, **changes, vocab_size=size)
 
 
 def model_config(config: "RunConfig", directory: ModelConfig | None, tokenizer: Tokenizer) -> ModelConfig:
     """The architecture: of the model directory, or of the configuration with the tokenizer's vocabulary."""
     if directory is not None:
-        return of_directory(config, directory)
+        cfg = of_directory(config, directory)
+        if config.data.tokenizer is not None and tokenizer.size > cfg.V:
+            raise ValueError(
+                f"data.tokenizer: {tokenizer.size} tokens, and {config.model.path} has {cfg.V}; use the model's own, "
+                f"or set model.vocab_size to {tokenizer.size} or more, and tokens are added"
+            )
+        return cfg
     cfg = config.architecture(tokenizer.size)
     if tokenizer.size > cfg.V:
         raise ValueError(
