@@ -18,7 +18,8 @@ from jaxlm.config.convert import convert, field_names
 from jaxlm.config.text import parse
 from jaxlm.training.config import TrainConfig
 
-RECIPES = sorted(pathlib.Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("merge_*.yaml")))
 
 
 @pytest.fixture
@@ -210,6 +211,8 @@ def values(hint):
         if args[-1] is Ellipsis:
             return st.lists(values(inner[0]), max_size=3).map(tuple)
         return st.tuples(*[values(part) for part in inner])
+    if origin is dict:
+        return st.dictionaries(values(args[0]), values(args[1]), max_size=2)
     meta = args[1] if origin is typing.Annotated else msgspec.Meta()
     limits = (
         {"min_value": meta.ge, "max_value": meta.le} if meta.gt is None else {"min_value": meta.gt, "max_value": None}

@@ -32,12 +32,8 @@ ELSEWHERE = (
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
-PARAMETERS = {
-    **{name: default for one in METHODS.values() for name, default in {**one.shared, **one.each}.items()},
-    **dict.fromkeys(("epsilon", "eps", "filter_wise", "max_iter", "tol", "select_topk", "nuslerp_flatten"), 0.0),
-    **dict.fromkeys(("nuslerp_row_wise", "normalize_weights"), False),
-}
-"""Parameters of any method; one that the chosen method does not have is passed over, as in mergekit."""
+PARAMETERS = {name: default for one in METHODS.values() for name, default in {**one.shared, **one.each}.items()}
+"""Parameters of any method, with their defaults."""
 
 TOP = (
     "merge_method",
@@ -184,6 +180,14 @@ def make_recipe(raw: Any, where: str) -> Recipe:
     for i, part in enumerate(slices):
         _check_inputs(recipe, part, f"{where}: slices[{i}]" if module.get("slices") else f"{where}: models")
     return recipe
+
+
+def unused(recipe: Recipe) -> list[str]:
+    """Parameters that a recipe gives and its method does not have; they are passed over, as in mergekit."""
+    scopes = [*recipe.settings, *(part.parameters for part in recipe.slices)]
+    scopes += [source.parameters for part in recipe.slices for source in part.sources]
+    method = METHODS[recipe.method]
+    return sorted({name for scope in scopes for name in scope} - {*method.shared, *method.each})
 
 
 def value(default: Any, scopes: Iterable[Settings], name: str, tensor: str, t: float) -> Any:
