@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.dist import rules
-from jaxlm.interop import hf, names, safetensors, scored
+from jaxlm.interop import hf, names, peft, safetensors, scored
 from jaxlm.interop.hf.rows import Family
 from jaxlm.interop.names import Target
 from jaxlm.interop.safetensors import Entry
@@ -49,11 +49,13 @@ def load(
     Args:
       path: a Hugging Face model directory, or a run directory, whose `hf/` is read.
       dtype: of the parameters: `float32`, `bfloat16`, `float16`, or `auto`, which keeps each leaf as it is stored.
-      adapter: not supported yet. quantize: not supported yet.
+      adapter: a PEFT directory, or a run directory that holds one, for the model at `path`. What `path` is itself, with
+        the base that it names, needs no second argument.
+      quantize: not supported yet.
       mesh: devices over which the parameters are spread by the sharding rules; null: the default device.
 
     Returns:
-      The configuration, and {"params": tree}.
+      The configuration, and {"params": tree}; with an adapter its settings in the configuration, and its tree, `lora`.
 
     Raises:
       FileNotFoundError, ValueError: one line naming file, tensor, field or word. Nothing is unpickled, no code of the
@@ -61,8 +63,9 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; the known ones are {', '.join(DTYPES)}")
-    if adapter is not None:
-        raise ValueError(f"adapter: {str(adapter)!r}: adapters cannot be loaded yet; leave it out")
+    path, found = peft.locate(path, adapter)
+    if found is not None:
+        return peft.attach(*load(path, dtype, quantize=quantize, mesh=mesh), found, mesh)
     if quantize is not None:
         raise ValueError(f"quantize: {quantize!r}: quantised loading is not supported yet; leave it out")
     directory = model_directory(path)
@@ -77,6 +80,9 @@ def load_config(path: str | Path) -> ModelConfig:
 
     Weights need not be there, and are looked at only to see whether a tied model has a second head.
     """
+    path, found = peft.locate(path, None)
+    if found is not None:
+        return peft.configure(load_config(path), found)
     directory = model_directory(path)
     cfg, family = _read_config(directory)
     if not cfg.tie_embeddings:

@@ -10,13 +10,14 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.dist import multihost, place
-from jaxlm.interop import hf, names, safetensors, scored
+from jaxlm.interop import hf, names, peft, safetensors, scored
 from jaxlm.interop.directory import refuse_occupied, replacement, write_json
 from jaxlm.interop.fold import fold
 from jaxlm.interop.names import Target
 from jaxlm.interop.safetensors import NAMES, Tensor
 from jaxlm.nn.config import ModelConfig
-from jaxlm.types import Array, Variables
+from jaxlm.params.lora import merge, merged_config
+from jaxlm.types import Array, Tree, Variables
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of one file."""
@@ -52,7 +53,8 @@ def save(
 
     Args:
       path: directory to make.
-      cfg, variables: the model; {"params": tree}.
+      cfg, variables: the model; {"params": tree}. With `lora` too, the adapter is merged into it; {"lora": tree} alone
+        is written as a PEFT directory, whose base is `cfg.lora.base`.
       tokenizer: a tokenizer.json, or a directory with one; it is copied, with its configuration and chat template.
       shard_size: largest size of one weight file in bytes; more is spread over several with an index.
       own_form: whether a model that no family can express is written in a form that only `jaxlm.load` reads.
@@ -61,11 +63,11 @@ def save(
       ValueError: naming the field that no family can express, the missing part, or the path in the way.
     """
     path = Path(path)
-    if set(variables) != {"params"}:
-        extra = ", ".join(sorted(set(variables) ^ {"params"}))
-        raise ValueError(f"variables: {extra}: only the parameters of a whole model can be saved yet")
     refuse_occupied(path)
     source = _tokenizer_files(tokenizer)
+    if set(variables) == {"lora"}:
+        return _save_adapter(path, cfg, variables["lora"], source)
+    cfg, variables = _merged(cfg, variables)
     folds, plain_cfg = fold(cfg)
     leaves = tree.leaves(variables["params"])
     if has_score := "score/kernel" in leaves:
@@ -89,6 +91,27 @@ def save(
         if "tokenizer.json" in source and "tokenizer_config.json" not in source:
             write_json(temporary / "tokenizer_config.json", tokenizer_config(source["tokenizer.json"], cfg))
         safetensors.write_directory(temporary, tensors, shard_size)
+
+
+def _merged(cfg: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """Parameters alone, an adapter merged into them."""
+    if not {"params"} <= set(variables) <= {"params", "lora"}:
+        extra = ", ".join(sorted(set(variables) ^ {"params"}))
+        raise ValueError(f"variables: {extra}: only parameters, with or without lora, or lora alone can be saved")
+    if "lora" not in variables:
+        return cfg, variables
+    params = merge(cfg, variables["params"], variables["lora"])
+    return merged_config(cfg, params), {"params": params}
+
+
+def _save_adapter(path: Path, cfg: ModelConfig, lora: Tree, source: Mapping[str, Path]) -> None:
+    lora = place.gather(lora)
+    if not multihost.is_main():
+        return
+    with replacement(path) as temporary:
+        for name, file in source.items():
+            shutil.copyfile(file, temporary / name)
+        peft.save(temporary, cfg, lora)
 
 
 def generation_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class LoraConfig:
       plus_ratio: learning rate of B over that of A (LoRA+, 2402.12354); null: the same.
       rank_pattern, alpha_pattern: per-module overrides, PEFT's patterns: {regular expression: value}.
       modules_to_save: modules trained whole beside the adapters, by Hugging Face's names (`lm_head`, `embed_tokens`).
+      base: directory or name of the base model, as adapter files give it; null: the one that training starts from.
     """
 
     r: Count = 16
@@ -109,6 +110,7 @@ class LoraConfig:
     rank_pattern: dict[str, Count] | tuple[tuple[str, Count], ...] = ()
     alpha_pattern: dict[str, Above0] | tuple[tuple[str, Above0], ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    base: str | None = None
 
     def __post_init__(self) -> None:
         """Lists and dicts become tuples, so that a configuration can be the key of a compiled program."""

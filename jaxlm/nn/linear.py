@@ -10,7 +10,7 @@ from jaxlm.nn.config import LoraConfig
 from jaxlm.nn.copies import Fan, columns, rows, whole
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.kernels.matmul import matmul
-from jaxlm.nn.qtensor import quantised_param
+from jaxlm.nn.qtensor import QTensor, dequantise, is_qtensor, quantised_param
 from jaxlm.types import Array
 
 ADAPTER = ("a", "b", "magnitude", "on", "rows")
@@ -18,7 +18,7 @@ ADAPTER = ("a", "b", "magnitude", "on", "rows")
 whether this layer has an adapter (where not all have), and the adapter of each row [B] where A and B are several."""
 
 
-def added(kernel: Array, adapter: dict[str, Array]) -> Array:
+def added(kernel: Array | QTensor, adapter: dict[str, Array]) -> Array:
     """The kernel with an attached adapter in it, in the kernel's dtype: `W + A B`, with DoRA `m (W + A B) / |W + A B|`.
 
     Args:
@@ -33,13 +33,12 @@ def added(kernel: Array, adapter: dict[str, Array]) -> Array:
     return jnp.where(adapter["on"][..., None, None], total, plain) if "on" in adapter else total
 
 
-def dense(kernel: Array) -> Array:
+def dense(kernel: Array | QTensor) -> Array:
     """The values of a kernel, which may be quantised."""
-    dequantize = getattr(kernel, "dequantize", None)
-    return kernel if dequantize is None else dequantize()
+    return dequantise(kernel) if is_qtensor(kernel) else kernel
 
 
-def dora_factor(kernel: Array, adapter: dict[str, Array]) -> Array:
+def dora_factor(kernel: Array | QTensor, adapter: dict[str, Array]) -> Array:
     """DoRA's `m / |W + A B|` by output (2402.09353), float32 [..., out]; arguments as in `added`.
 
     The norm is a constant to the gradient, as in section 4.3 there.
@@ -49,9 +48,9 @@ def dora_factor(kernel: Array, adapter: dict[str, Array]) -> Array:
     return jnp.where(adapter["on"][..., None], factor, jnp.ones_like(factor)) if "on" in adapter else factor
 
 
-def _sum(kernel: Array, adapter: dict[str, Array]) -> Array:
+def _sum(kernel: Array | QTensor, adapter: dict[str, Array]) -> Array:
     a, b = (adapter[name].astype(jnp.float32) for name in "ab")
-    return dense(kernel).astype(jnp.float32) + a @ b
+    return kernel.astype(jnp.float32) + a @ b
 
 
 class Linear(nn.Module):
@@ -82,7 +81,7 @@ class Linear(nn.Module):
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 
-    def _adapted(self, y: Array, x: Array, kernel: Array, lora: LoraConfig) -> Array:
+    def _adapted(self, y: Array, x: Array, kernel: Array | QTensor, lora: LoraConfig) -> Array:
         adapter: dict[str, Array] = {
             name: self.get_variable("lora", name) for name in ADAPTER if self.has_variable("lora", name)
         }

@@ -12,6 +12,7 @@ import numpy as np
 from jaxlm.nn.adapters import get, put, resolved
 from jaxlm.nn.config import LoraConfig, ModelConfig
 from jaxlm.nn.linear import added, dense
+from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.nn.targets import FUSED, Slot, modules, nearest, resolve, saves
 from jaxlm.types import Array, Tree
 
@@ -52,10 +53,16 @@ def residual(cfg: ModelConfig, params: Tree, lora: Tree) -> Tree:
     """The base that goes with a fresh `init: pissa` adapter, `W - scale A B`; any other adapter leaves it as it is.
 
     Args:
-      cfg: the model, with `lora`. params: the base. lora: of `init` with the same base, untrained.
+      cfg: the model, with `lora`. params: the base, which must not be quantised: quantise the result.
+      lora: of `init` with the same base, untrained.
+
+    Raises:
+      ValueError: the base is quantised.
     """
     if cfg.lora is None or cfg.lora.init != "pissa":
         return params
+    if any(is_qtensor(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_qtensor)):
+        raise ValueError("lora.init: pissa changes the base, which is quantised; take default, or quantise afterwards")
     plain = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, dora=False))
     _, adapters = resolved(plain, params, lora)
     for path, node in adapters.items():
@@ -79,6 +86,8 @@ def merge(cfg: ModelConfig, params: Tree, lora: Tree) -> Tree:
       Parameters in the dtypes of the base, for the configuration `merged_config(cfg, result)`.
     """
     merged, adapters = resolved(cfg, params, lora)
+    if cfg.tie_embeddings and "embed" in adapters and "unembed" not in merged:
+        merged = {**merged, "unembed": {"kernel": merged["embed"]["kernel"].T}}
     for path, node in adapters.items():
         merged = put(merged, path, {"kernel": _added(get(merged, path)["kernel"], node)})
     dtypes = {path: leaf.dtype for path, leaf in _plain_leaves(params).items()}
@@ -228,7 +237,9 @@ def _value_of(kernels: list[Any]) -> Array:
 
 
 def _value(leaf: Any) -> Array:
-    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else dense(leaf)
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf)):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return dense(leaf)
 
 
 def _saved_paths(cfg: ModelConfig, params: Tree) -> list[str]:
