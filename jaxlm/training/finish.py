@@ -1,6 +1,7 @@
 """Files of a run directory besides its records: the resolved configuration, samples, summary, final export, report."""
 
 import datetime
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decode.streaming import Text
 from jaxlm.decode.together import sample_on
 from jaxlm.dist import multihost, place
-from jaxlm.interop.save import save
+from jaxlm.interop.chat import template_text
+from jaxlm.interop.save import save, tokenizer_config
 from jaxlm.training import plan
 from jaxlm.training.report import write_report
 from jaxlm.training.samples import Sample
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from jaxlm.training.loop import Run
 
 SAMPLE_TOKENS = 48
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_files(setup: Setup, directory: Path) -> None:
@@ -34,7 +37,24 @@ def write_files(setup: Setup, directory: Path) -> None:
         write_whole(directory / "config.yaml", setup.config.yaml())
         known = plan.of_program(setup.config, setup.program)
         write_whole(directory / "plan.txt", plan.text(known) + "\n")
-        write_whole(directory / "tokenizer.json", setup.data.tokenizer.json)
+        write_tokenizer(setup, directory)
+
+
+def write_tokenizer(setup: Setup, directory: Path) -> None:
+    """The tokenizer, and what tells other programs how to use it: its configuration and the chat template."""
+    config = setup.config
+    write_whole(directory / "tokenizer.json", setup.data.tokenizer.json)
+    place = Path(config.data.tokenizer or config.model.path or directory)
+    folder = place if place.is_dir() else place.parent
+    given = next((f for f in (folder, folder / "hf") if (f / TOKENIZER_CONFIG).is_file()), None)
+    if given is not None and given != directory:
+        write_whole(directory / TOKENIZER_CONFIG, (given / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    template = template_text(config.data.tokenizer, config.model.path, template=config.data.template)
+    if template is not None:
+        write_whole(directory / "chat_template.jinja", template)
+        if given is None:
+            special = tokenizer_config(directory / "tokenizer.json", setup.program.cfg)
+            write_whole(directory / TOKENIZER_CONFIG, json.dumps(special, indent=2))
 
 
 def take_samples(setup: Setup, variables: Variables) -> list[Sample]:
@@ -79,7 +99,7 @@ def finish(run: "Run", step: int) -> None:
     variables = place.gather({"lora": variables["lora"]} if alone else variables)
     if not multihost.is_main():
         return
-    save(directory / "hf", setup.program.cfg, variables, tokenizer=directory / "tokenizer.json", own_form=True)
+    save(directory / "hf", setup.program.cfg, variables, tokenizer=directory, own_form=True)
     write_summary(directory, summary(run, "done" if step == run.train.steps else "stopped early"))
     page = write_report(directory)
     run.progress.message(f"done: {page}")
