@@ -34,6 +34,10 @@ RULES: Rules[Trailing] = (
     ("mlp/(gate|up)/bias", ("expert", "tensor")),
     ("mlp/down/kernel", ("expert", "tensor", "fsdp")),
     ("mlp/down/bias", ("expert", None)),
+    ("shared/(gate|up)/kernel", ("fsdp", "tensor")),
+    ("shared/(gate|up)/bias", ("tensor",)),
+    ("shared/down/kernel", ("tensor", "fsdp")),
+    ("shared/down/bias", (None,)),
     # Adapters x A B: A is cut like the rows of the kernel it stands beside, B like its columns.
     ("attn/(q|k|v|qkv)/a", ("fsdp", None)),
     ("attn/(q|k|v|qkv)/b", (None, "tensor")),
@@ -49,6 +53,14 @@ RULES: Rules[Trailing] = (
     ("embed/a", ("tensor", None)),
     ("embed/b", (None, "fsdp")),
     ("(unembed|router)/(a|b)", (None,)),
+    # Quantised kernels lie the other way round, [out, in / 2] and [out, blocks of in].
+    ("attn/(q|k|v)/kernel/(codes|absmax)", ("tensor", "fsdp")),
+    ("attn/o/kernel/(codes|absmax)", ("fsdp", "tensor")),
+    ("mlp/(gate|up)/kernel/(codes|absmax)", ("expert", "tensor", "fsdp")),
+    ("mlp/down/kernel/(codes|absmax)", ("expert", "fsdp", "tensor")),
+    ("shared/(gate|up)/kernel/(codes|absmax)", ("tensor", "fsdp")),
+    ("shared/down/kernel/(codes|absmax)", ("fsdp", "tensor")),
+    ("kernel/(nested|offset)", (None,)),
     ("(attn/o|embed|unembed|router)/magnitude", (None,)),
     # Of size D or K: cutting them would cost a collective each and save nothing.
     ("([a-z]+_)?norm/(scale|bias)", (None,)),
@@ -56,6 +68,9 @@ RULES: Rules[Trailing] = (
 )
 """Ordered (pattern, axes). Entries that a leaf has no dimension for are dropped from the front, so `expert` counts
 only where the leaf has an axis of experts: `layers/mlp/up/kernel` is [N, D, F], or [N, E, D, F] in a mixture."""
+
+QUANTISED = "kernel/(codes|absmax)"
+"""Parts of quantised kernels that are cut where they can be."""
 
 
 def shardings(tree: Tree, mesh: Mesh, rules: Rules[Trailing] = RULES) -> Tree:
@@ -79,9 +94,17 @@ def shardings(tree: Tree, mesh: Mesh, rules: Rules[Trailing] = RULES) -> Tree:
     values = trees.apply_rules(rules, tree, name="sharding rules")
 
     def place(path: str, leaf: Any, axes: Trailing) -> NamedSharding:
+        axes = _dividing(leaf.shape, axes, mesh.shape) if trees.matches(QUANTISED, path) else axes
         return NamedSharding(mesh, spec(path, tuple(leaf.shape), axes, mesh.shape))
 
     return trees.map_with_path(place, tree, values)
+
+
+def _dividing(shape: tuple[int, ...], axes: Trailing, sizes: Mapping[str, int]) -> Trailing:
+    """`axes` without those that do not divide their dimension: small quantised kernels are whole on every device."""
+    fitted = axes[max(len(axes) - len(shape), 0) :]
+    dims = shape[len(shape) - len(fitted) :]
+    return tuple(a if isinstance(a, str) and n % sizes[a] == 0 else None for a, n in zip(fitted, dims, strict=True))
 
 
 def spec(path: str, shape: tuple[int, ...], axes: Trailing, sizes: Mapping[str, int]) -> PartitionSpec:

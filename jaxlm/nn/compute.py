@@ -25,6 +25,7 @@ class Compute:
         host memory.
       scan: whether stacked layers are walked by `jax.lax.scan` (short compile) or unrolled (faster steps on CPU).
       attention: a forced attention backend; None chooses by platform, shape and feature.
+      grouped: a forced backend of the experts' products; None chooses by platform.
       constrain: places activations [B, L, D] on the mesh at layer boundaries.
       mesh: the device mesh, for kernels that communicate by themselves.
       collect: what to keep of every layer besides: `hidden` is its output [B, L, D], `attention` who attends to whom,
@@ -35,6 +36,7 @@ class Compute:
     remat: RematPolicy = "none"
     scan: bool = True
     attention: str | None = None
+    grouped: Literal["reference", "blocks", "ragged"] | None = None
     constrain: Callable[[Array], Array] = unconstrained
     mesh: Any = None
     collect: tuple[str, ...] = ()

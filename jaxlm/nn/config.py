@@ -60,11 +60,18 @@ class MoEConfig:
       top_k: experts per token.
       d_ff: width of one expert; null is the model's d_ff.
       renormalize: whether the top-k gates are divided by their sum.
+      scoring: what logits become: a softmax over all experts, or a sigmoid each (DeepSeek-V3, 2412.19437).
+      n_group, topk_group: experts stand in n_group equal groups, and a token chooses among those of its topk_group best
+        ones; a group counts as much as its two best experts together (DeepSeek-V3).
+      routed_scaling_factor: what the gates are multiplied by in the end.
+      n_shared_experts: experts that every token passes, as one of n_shared_experts * d_ff.
+      jitter: in training the router sees its input times a random factor in 1 +- jitter (Switch, 2101.03961).
       balance: how load is kept even: an auxiliary loss, a selection bias moved after each step, or not at all.
       aux_weight: weight of the auxiliary loss, which is 1 at perfect balance.
       z_weight: weight of mean(logsumexp(router logits)^2) (ST-MoE, 2202.08906).
       bias_rate: step of the selection bias (DeepSeek-V3, 2412.19437).
-      capacity_factor: room per expert over the mean load; null drops nothing.
+      capacity_factor: room per expert over the mean load of a microbatch, beyond which second choices are dropped
+        before first ones and later tokens before earlier ones; null drops nothing.
       dense_layers: indices of layers that keep a dense feed-forward layer.
     """
 
@@ -72,12 +79,34 @@ class MoEConfig:
     top_k: Count = 2
     d_ff: Count | None = None
     renormalize: bool = True
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    n_group: Count = 1
+    topk_group: Count = 1
+    routed_scaling_factor: Above0 = 1.0
+    n_shared_experts: Annotated[int, msgspec.Meta(ge=0)] = 0
+    jitter: Share = 0.0
     balance: Literal["aux", "bias", "none"] = "aux"
     aux_weight: AtLeast0 = 0.01
     z_weight: AtLeast0 = 0.0
     bias_rate: AtLeast0 = 0.001
     capacity_factor: Above0 | None = None
     dense_layers: tuple[int, ...] = ()
+
+    def check_groups(self) -> None:
+        """Raise ValueError, naming the fields, for groups that cannot be chosen from."""
+        if self.experts % self.n_group:
+            raise ValueError(
+                f"model.moe.n_group: {self.n_group} does not divide model.moe.experts {self.experts}; change one"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(
+                f"model.moe.topk_group: {self.topk_group} of model.moe.n_group {self.n_group} groups; lower it"
+            )
+        if self.n_group > 1 and self.top_k > self.topk_group * (self.experts // self.n_group):
+            raise ValueError(
+                f"model.moe.top_k: {self.top_k} is more than the experts of model.moe.topk_group {self.topk_group} "
+                "groups; change one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,3 +295,5 @@ class ModelConfig:
             raise ValueError(
                 f"model.moe.top_k: {self.moe.top_k} is not in 1..{self.moe.experts} (model.moe.experts); change one"
             )
+        if self.moe is not None:
+            self.moe.check_groups()

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.kernels.grouped_matmul import group_of
 from jaxlm.types import Array
 
 
@@ -17,53 +16,61 @@ class Dispatch(NamedTuple):
     """Where each (token, choice) pair stands among the rows that experts see. All int32.
 
     Attributes:
-      sizes_E: rows of each expert, multiples of the unit; experts in order, rows behind the last are free.
-      row_Txk: the row of a pair, P where it has none: of padding, and dropped.
+      sizes_E: rows of each expert, multiples of the unit.
+      row_Txk: the row of a pair, P where it has none.
       pair_P: the pair in a row, `token * k + choice`; T * k in rows without one.
-      kept_E: pairs that each expert has.
+      counts_E: pairs of each expert.
     """
 
     sizes_E: Array
     row_Txk: Array
     pair_P: Array
-    kept_E: Array
+    counts_E: Array
 
 
-def dispatch(chosen_Txk: Array, experts: int, unit: int = 1, room: Array | None = None) -> Dispatch:
-    """Sort pairs by expert: first choices before second ones, and tokens in order.
+class Boxes(NamedTuple):
+    """Rows in equal boxes, each with a few experts: `count` boxes of `rows` rows. A box's experts fit into it."""
+
+    count: int
+    rows: int
+
+
+def dispatch(chosen_Txk: Array, experts: int, unit: int = 1, boxes: Boxes | None = None) -> Dispatch:
+    """Sort pairs by expert, those of an expert in the order of tokens.
 
     Args:
-      chosen_Txk: int32, the experts of each token; `experts` itself for no expert (padding).
+      chosen_Txk: int32, the experts of each token; `experts` itself for no expert (padding, no room).
       experts: E.
       unit: what each expert's rows are filled up to a multiple of.
-      room: most pairs of one expert; the later ones are dropped. Null: all are kept.
+      boxes: where the rows of experts begin anew; null: the experts follow each other.
 
     Returns:
-      The places of T * k pairs among P = T * k + E * (unit - 1) rows, rounded up to a multiple of the unit.
+      The places of T * k pairs among the rows of the boxes, or among T * k + E * (unit - 1) rows, rounded up to a
+      multiple of the unit.
     """
-    tokens, k = chosen_Txk.shape
-    pairs = tokens * k
-    by_choice = chosen_Txk.T.reshape(-1)
-    order = jnp.argsort(by_choice, stable=True).astype(jnp.int32)
+    pairs = chosen_Txk.size
+    chosen = chosen_Txk.reshape(-1)
+    order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
     rank = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
-    counts_E = jnp.sum(jax.nn.one_hot(by_choice, experts, dtype=jnp.int32), axis=0)
-    kept_E = counts_E if room is None else jnp.minimum(counts_E, room)
-    sizes_E = -(-kept_E // unit) * unit
-    first_E, start_E = jnp.cumsum(counts_E) - counts_E, jnp.cumsum(sizes_E) - sizes_E
-    rows = -(-(pairs + min(experts, pairs) * (unit - 1)) // unit) * unit
-
-    own = jnp.minimum(by_choice, experts - 1)
-    place = rank - first_E[own]
-    kept = (by_choice < experts) & (place < kept_E[own])
-    row_Txk = jnp.where(kept, start_E[own] + place, rows).reshape(k, tokens).T
-
-    group_P = group_of(rows, sizes_E)
-    own_P = jnp.minimum(group_P, experts - 1)
+    counts_E = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=jnp.int32), axis=0)
+    sizes_E = -(-counts_E // unit) * unit
+    first_E = jnp.cumsum(counts_E) - counts_E
+    if boxes is None:
+        rows = -(-(pairs + min(experts, pairs) * (unit - 1)) // unit) * unit
+        start_E = jnp.cumsum(sizes_E) - sizes_E
+    else:
+        rows = boxes.count * boxes.rows
+        inside = sizes_E.reshape(boxes.count, -1)
+        start = jnp.cumsum(inside, axis=1) - inside + boxes.rows * jnp.arange(boxes.count)[:, None]
+        start_E = start.reshape(-1)
+    own = jnp.minimum(chosen, experts - 1)
+    row = jnp.where(chosen < experts, start_E[own] + rank - first_E[own], rows)
+    # Of experts that begin at the same row, all but the last are empty.
+    own_P = jnp.maximum(jnp.searchsorted(start_E, jnp.arange(rows), side="right") - 1, 0)
     place_P = jnp.arange(rows, dtype=jnp.int32) - start_E[own_P]
-    filled = (group_P < experts) & (place_P < kept_E[own_P])
-    source = order[jnp.where(filled, first_E[own_P] + place_P, 0)]
-    pair_P = jnp.where(filled, source % tokens * k + source // tokens, pairs)
-    return Dispatch(sizes_E.astype(jnp.int32), row_Txk.astype(jnp.int32), pair_P.astype(jnp.int32), kept_E)
+    source_P = jnp.minimum(first_E[own_P] + place_P, pairs - 1)
+    pair_P = jnp.where(place_P < counts_E[own_P], order[source_P], pairs)
+    return Dispatch(sizes_E, row.reshape(chosen_Txk.shape).astype(jnp.int32), pair_P.astype(jnp.int32), counts_E)
 
 
 @jax.custom_vjp

@@ -29,19 +29,20 @@ def residual_init(cfg: ModelConfig) -> float:
 
 
 class Mlp(nn.Module):
-    """`x [B, L, D] -> down(act(gate x) * up x)`, or `down(act(up x))` without a gate."""
+    """`x [B, L, D] -> down(act(gate x) * up x)`, or `down(act(up x))` without a gate; `bare` leaves out the norms."""
 
     cfg: ModelConfig
+    bare: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.cfg
         act = ACTIVATIONS[cfg.activation]
-        if cfg.norm_placement != "post":
+        if cfg.norm_placement != "post" and not self.bare:
             x = make_norm(cfg, "norm")(x)
         shared = fan_out(x)
         hidden = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="up")(shared)
         gate = Linear(cfg.F, cfg.mlp_bias, lora=cfg.lora, name="gate")(shared) if cfg.gated else None
         hidden = act(hidden) if gate is None else act(gate) * hidden
         y = Linear(cfg.D, cfg.mlp_bias, residual_init(cfg), cfg.lora, inward=True, name="down")(hidden)
-        return y if cfg.norm_placement == "pre" else make_norm(cfg, "post_norm")(y)
+        return y if cfg.norm_placement == "pre" or self.bare else make_norm(cfg, "post_norm")(y)

@@ -16,7 +16,7 @@ from jaxlm.tree import Rules
 from jaxlm.types import Tree
 
 Kind = Literal["matrix", "input", "output", "router", "scalar", "lora_a", "lora_b"]
-Dimension = Literal["D", "HK", "GK", "F", "expert", "q_norm", "k_norm"]
+Dimension = Literal["D", "HK", "GK", "F", "expert", "shared", "q_norm", "k_norm"]
 
 POSITION_STD = 0.02
 
@@ -78,6 +78,10 @@ ROLES: Rules[Role] = (
     ("mlp/(gate|up)/kernel", _matrix("D", "expert")),
     ("mlp/down/kernel", _matrix("expert", "D", residual=True)),
     ("mlp/(gate|up)/bias", _vector("expert")),
+    ("shared/(gate|up)/kernel", _matrix("D", "shared")),
+    ("shared/down/kernel", _matrix("shared", "D", residual=True)),
+    ("shared/(gate|up)/bias", _vector("shared")),
+    ("shared/down/bias", _vector("D")),
     ("(attn/o|mlp/down)/bias", _vector("D")),
     ("([a-z]+_)?norm/(scale|bias)", _vector("D")),
     ("(attn/(q|k|v|qkv)|mlp/(gate|up|gate_up|router)|unembed)/a", Role("lora_a", "D", None)),
@@ -122,6 +126,7 @@ def size(cfg: ModelConfig, dimension: Dimension) -> int:
         "GK": cfg.G * cfg.K,
         "F": cfg.F,
         "expert": cfg.F if cfg.moe is None or cfg.moe.d_ff is None else cfg.moe.d_ff,
+        "shared": 0 if cfg.moe is None else cfg.moe.n_shared_experts * (cfg.moe.d_ff or cfg.F),
         "q_norm": cfg.H * cfg.K if whole else cfg.K,
         "k_norm": cfg.G * cfg.K if whole else cfg.K,
     }

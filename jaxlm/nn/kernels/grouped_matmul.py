@@ -144,7 +144,7 @@ def _ragged_outer(a: Array, b: Array, sizes: Array) -> Array:
 
 
 def _cover(start: Array, size: Array, limit: int, take, carry):
-    """`carry = take(carry, first row, rows)` for blocks that cover rows start..start+size-1, size a multiple of UNIT."""
+    """`carry = take(carry, first row, rows)` for blocks over rows start..start+size-1; size is a multiple of UNIT."""
     whole, *rest = [b for b in BLOCKS if b <= max(limit, UNIT)]
     end = start + size
 
