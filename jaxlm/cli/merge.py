@@ -16,7 +16,9 @@ from jaxlm.cli.command import Command
 @click.argument("out", metavar="OUT")
 @click.option("--seed", "--random-seed", default=0, show_default=True, help="Of the random methods (dare_*).")
 def command(recipe: str, out: str, seed: int) -> None:
-    """Merge models by a mergekit recipe into a Hugging Face directory.
+    """Merge models by a mergekit recipe.
+
+    OUT becomes a Hugging Face directory.
 
     Methods: linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties, passthrough,
     with mergekit's keys, defaults and numbers (`normalize`, `rescale`, `lambda`, gradients, filters, slices). What
