@@ -64,7 +64,7 @@ RULES: Rules[Trailing] = (
     ("(attn/o|embed|unembed|router)/magnitude", (None,)),
     # Of size D or K: cutting them would cost a collective each and save nothing.
     ("([a-z]+_)?norm/(scale|bias)", (None,)),
-    ("(score|value)/(kernel|bias)", (None,)),
+    ("(score|value|projection/hidden)/(kernel|bias)", (None,)),
 )
 """Ordered (pattern, axes). Entries that a leaf has no dimension for are dropped from the front, so `expert` counts
 only where the leaf has an axis of experts: `layers/mlp/up/kernel` is [N, D, F], or [N, E, D, F] in a mixture."""

@@ -61,7 +61,7 @@ _HEAD = Role("output", "D", None, decayed=True)
 
 ROLES: Rules[Role] = (
     ("(embed|position_embed)/kernel", _EMBEDDING),
-    ("(unembed|score|value)/kernel", _HEAD),
+    ("(unembed|score|value|projection/hidden)/kernel", _HEAD),
     ("(unembed|score|value)/bias", Role("scalar")),
     ("attn/q/kernel", _matrix("D", "HK")),
     ("attn/(k|v)/kernel", _matrix("D", "GK")),

@@ -50,7 +50,7 @@ def select(teacher: ModelConfig, student: ModelConfig, params: Tree) -> Tree:
     Raises:
       ValueError: naming the fields, if the student is no part of the teacher.
     """
-    _check(teacher, student)
+    check(teacher, student)
     layers = jnp.array(layer_choice(teacher.N, student.N))
     params = params | {"layers": jax.tree.map(lambda x: x[layers], params["layers"])}
     chosen = _choices(teacher, student, params)
@@ -73,7 +73,8 @@ def layer_choice(teacher: int, student: int) -> list[int]:
     return np.round(np.linspace(0, teacher - 1, student) + 1e-9).astype(int).tolist()
 
 
-def _check(teacher: ModelConfig, student: ModelConfig) -> None:
+def check(teacher: ModelConfig, student: ModelConfig) -> None:
+    """Raise ValueError, naming the fields, if the student is no part of the teacher."""
     for who, model in (("teacher", teacher), ("model", student)):
         if model.moe is not None:
             raise ValueError(

@@ -2,11 +2,13 @@
 
 import functools
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import rules
 from jaxlm.interop.load import load, load_config, model_directory
 from jaxlm.nn import transformer
@@ -43,6 +45,15 @@ def others(config: "RunConfig") -> Models:
     return found
 
 
+def teacher_runs(config: "RunConfig") -> bool:
+    """Whether a teacher itself runs beside the student; if not, its weights are not loaded for training."""
+    objective: Any = config.objective
+    if objective.kind != "distill":
+        return False
+    layers = objective.hidden_weight > 0 or objective.attention_weight > 0
+    return layers or objective.on_policy > 0 or (objective.kd_weight > 0 and objective.cache is None)
+
+
 def reference_kind(config: "RunConfig") -> str | None:
     """What log-probabilities are compared with; None for objectives without a reference.
 
@@ -71,7 +82,8 @@ def abstract(config: "RunConfig", cfg: ModelConfig, models: Models, mesh: Mesh) 
       mesh: where they shall lie.
     """
     dtype = frozen_dtype(mesh)
-    trees: Variables = {name: _abstract_model(other, dtype) for name, other in models.items()}
+    used = {name: other for name, other in models.items() if name != "teacher" or teacher_runs(config)}
+    trees: Variables = {name: _abstract_model(other, dtype) for name, other in used.items()}
     base = _abstract_model(cfg, dtype)["params"]
     if reference_kind(config) == "copy":
         trees["reference"] = {"params": base}
@@ -109,6 +121,14 @@ def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, f
         else:
             found["reference"] = {"params": vocabulary.extended(whole(path, dtype, mesh), cfg.V)}
     return found
+
+
+def model_tokenizer(path: str | None, directory: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a model directory or a run, if it has one, ending documents as the model does."""
+    folders = (Path(path or ""), Path(path or "") / "hf")
+    folder = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
+    ends = directory.eos_token_id
+    return None if folder is None else load_tokenizer(str(folder), ends[0] if isinstance(ends, tuple) else ends)
 
 
 def whole(path: str, dtype: str, mesh: Mesh, kind: str | None = None) -> Tree:

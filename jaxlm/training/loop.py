@@ -14,7 +14,7 @@ from jaxlm.data.loader import prefetch
 from jaxlm.dist import multihost
 from jaxlm.objectives.forward import policy
 from jaxlm.optim import chain
-from jaxlm.training import evaluate, finish, lock, rollout, signals, stopping
+from jaxlm.training import evaluate, finish, lock, rollout, signals, stopping, teacher
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.meta import compare_meta
 from jaxlm.training.plan import check_limit
@@ -147,7 +147,8 @@ class Run:
         self.progress.status("initialising")
         frozen = load_frozen(config, program)
         if restored is None:
-            return start(config.model.path, program, frozen), settle(program, frozen), 0
+            params = teacher.student(config, program, frozen)
+            return start(config.model.path, program, frozen, params), settle(program, frozen), 0
         self.stopping = stopping.from_json(restored.meta["stopping"])
         self.seconds = float(restored.meta["seconds"])
         self.progress.message(f"resuming {self.directory} at step {restored.step}")

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -17,7 +16,7 @@ from jaxlm.data.cache import cache_root
 from jaxlm.data.dataset import Dataset
 from jaxlm.data.loader import Loader
 from jaxlm.data.supply import Data, open_data
-from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
 from jaxlm.interop import hf
@@ -32,6 +31,7 @@ from jaxlm.optim import chain, schedules
 from jaxlm.params import lora as adapters
 from jaxlm.params import mup, vocabulary
 from jaxlm.training import frozen as frozen_trees
+from jaxlm.training import teacher as teachers
 from jaxlm.training.rewards import load_rewards
 from jaxlm.training.step import Recipe, State, init_state
 from jaxlm.types import Apply, Array, Batch, Objective, Output, Tree, Variables
@@ -99,16 +99,20 @@ def prepare(config: "RunConfig") -> Setup:
     """
     mesh = meshes.make(config.mesh)
     load_rewards(getattr(config.objective, "rewards", ()))
+    teacher = teachers.find(config)
     directory = None if config.model.path is None else load_config(config.model.path)
+    tokenizer = None if directory is None else frozen_trees.model_tokenizer(config.model.path, directory)
     data = open_data(
         config.data,
         kind=config.objective.kind,
-        tokenizer=None if directory is None else model_tokenizer(config.model.path, directory),
+        tokenizer=tokenizer if teacher is None or directory is not None else teacher.tokenizer,
         vocab_size=config.model.vocab_size if directory is None else of_directory(config, directory).V,
         render=renderer(config.data.tokenizer, config.model.path, template=config.data.template),
         reserve=getattr(config.objective, "max_new_tokens", 0),
     )
     cfg = model_config(config, directory, data.tokenizer)
+    if teacher is not None:
+        data = data._replace(notes=(*data.notes, *teacher.check(config, cfg, data.tokenizer)))
     if directory is not None and cfg.rope != directory.rope:
         note = "model.rope: other than in the directory; its weights know these positions only after enough training"
         data = data._replace(notes=(*data.notes, note))
@@ -178,15 +182,16 @@ def load_frozen(config: "RunConfig", program: Program) -> Variables:
     return frozen_trees.make(config, program.cfg, program.frozen, program.mesh, program.base)
 
 
-def start(path: str | None, program: Program, frozen: Variables | None = None) -> State:
+def start(path: str | None, program: Program, frozen: Variables | None = None, params: Tree | None = None) -> State:
     """The state of step 0 on the mesh: fresh, or with the weights of the model directory at `path`.
 
     Args:
       path: a model directory, or null.
       program: the run.
       frozen: `load_frozen` of it, where anything is frozen.
+      params: what the model starts from, if it comes from nowhere else (a student out of its teacher).
     """
-    base = (frozen or {}).get("params")
+    base = (frozen or {}).get("params", params)
 
     def build(params: Tree) -> State:
         params = program.base() if params is None else vocabulary.extended(params, program.cfg.V)
@@ -208,14 +213,6 @@ def settle(program: Program, frozen: Variables) -> Variables:
 
     shardings = jax.tree.map(lambda x: x.sharding, program.frozen["params"])
     return {**frozen, "params": jax.jit(rest, out_shardings=shardings)(frozen["params"])}
-
-
-def model_tokenizer(path: str | None, directory: ModelConfig) -> Tokenizer | None:
-    """The tokenizer of a model directory or a run, if it has one, ending documents as the model does."""
-    folders = (Path(path or ""), Path(path or "") / "hf")
-    folder = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
-    ends = directory.eos_token_id
-    return None if folder is None else load_tokenizer(str(folder), ends[0] if isinstance(ends, tuple) else ends)
 
 
 def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
