@@ -1,5 +1,6 @@
 """Files of a run directory besides its records: the resolved configuration, samples, summary, final export, report."""
 
+import dataclasses
 import datetime
 import json
 import warnings
@@ -15,8 +16,11 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.decode.streaming import Text
 from jaxlm.decode.together import sample_on
 from jaxlm.dist import multihost, place
+from jaxlm.interop import peft_config
 from jaxlm.interop.chat import template_text
+from jaxlm.interop.load import model_directory
 from jaxlm.interop.save import save, tokenizer_config
+from jaxlm.nn.config import ModelConfig
 from jaxlm.training import plan
 from jaxlm.training.report import write_report
 from jaxlm.training.samples import Sample
@@ -94,15 +98,25 @@ def finish(run: "Run", step: int) -> None:
     setup, directory = run.setup, run.directory
     run.progress.status("exporting")
     variables = run.variables
-    # Adapters of a directory are written alone; those of a base that is nowhere else, with it.
-    alone = "lora" in variables and setup.config.model.path is not None
+    path = setup.config.model.path
+    # Adapters of a directory are written alone; those of a base that is nowhere else, merged into it.
+    alone = "lora" in variables and path is not None and peft_config.find(path) is None
     variables = place.gather({"lora": variables["lora"]} if alone else variables)
     if not multihost.is_main():
         return
-    save(directory / "hf", setup.program.cfg, variables, tokenizer=directory, own_form=True)
+    cfg = _with_base(setup) if alone else setup.program.cfg
+    save(directory / "hf", cfg, variables, tokenizer=directory, own_form=True)
     write_summary(directory, summary(run, "done" if step == run.train.steps else "stopped early"))
     page = write_report(directory)
     run.progress.message(f"done: {page}")
+
+
+def _with_base(setup: Setup) -> ModelConfig:
+    """The model's configuration, in which the adapters name the directory that their base is in."""
+    cfg, path = setup.program.cfg, setup.config.model.path
+    if cfg.lora is None or path is None or cfg.lora.base is not None:
+        return cfg
+    return dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, base=str(model_directory(path))))
 
 
 def summary(run: "Run", status: str) -> Summary:
