@@ -1,5 +1,6 @@
 """Which trees make up the models that an objective runs, and the one forward pass that training differentiates."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.types import Apply, Array, Batch, Output, Variables
@@ -37,8 +38,8 @@ def forward(
       weights: with `inputs`, see `input_weights`.
 
     Returns:
-      The output; the auxiliary losses of the layers, with these rows' share of the step, to be added to the loss; and
-      the metrics of the routing, with the same share.
+      The output; the mean of the layers' auxiliary losses, with these rows' share of the step, to be added to the loss;
+      and what is known of the routing, by layer: `training.balance` makes metrics of the sums over the step.
     """
     output = apply(
         policy(params, frozen), rows["tokens"], positions=rows["positions"], segments=rows["segments"], key=key
@@ -46,4 +47,7 @@ def forward(
     share = jnp.count_nonzero(rows["segments"]) / weights["inputs"]
     if "moe/loss" not in output.aux:
         return output, jnp.zeros((), jnp.float32), {}
-    return output, share * output.aux["moe/loss"], {}
+    # Counts add up over microbatches; the entropy is a mean over tokens.
+    routing = {name: output.aux[name] for name in ("moe/counts", "moe/dropped")}
+    routing["moe/router_entropy"] = share * output.aux["moe/router_entropy"]
+    return output, share * jnp.mean(output.aux["moe/loss"]), jax.lax.stop_gradient(routing)

@@ -73,7 +73,8 @@ def objective_sums(recipe: Recipe, params: Variables, frozen: Variables, batch: 
     batch = objective.prepare(apply, params, frozen, batch, None)
     loss, metrics = objective.loss(apply, params, frozen, batch, objective.weights(batch), None)
     segments = batch["segments"]
-    return jnp.sum(jnp.any(segments != 0, axis=tuple(range(1, segments.ndim)))), {"loss": loss, **metrics}
+    values = {name: value for name, value in metrics.items() if not name.startswith("moe/")}
+    return jnp.sum(jnp.any(segments != 0, axis=tuple(range(1, segments.ndim)))), {"loss": loss, **values}
 
 
 def objective_metrics(

@@ -11,6 +11,7 @@ import jax
 from jaxlm.dist import multihost
 from jaxlm.training import progress as shown
 from jaxlm.training import samples, throughput
+from jaxlm.training.balance import Alarm
 from jaxlm.training.metrics import METRICS_FILE, TIMING_FILE, MetricsFile
 from jaxlm.training.progress import Progress
 from jaxlm.training.samples import Sample
@@ -29,6 +30,7 @@ class Recorder:
 
     def __init__(self, setup: Setup, directory: Path, progress: Progress, tokens: int) -> None:
         self.tokens, self.skips, self.first = tokens, 0, True
+        self._alarm = Alarm()
         self._directory, self._progress, self._total = directory, progress, setup.config.train.steps
         program = setup.program
         devices = list(program.mesh.devices.flat)
@@ -61,6 +63,8 @@ class Recorder:
             self._progress.message(
                 f"step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}: not finite; the update is skipped"
             )
+        for text in self._alarm.look(step, row):
+            self._progress.message(text)
         self._progress.step(step, {**row, **timing})
         return row["loss"]
 

@@ -30,6 +30,7 @@ from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
 from jaxlm.params import lora as adapters
 from jaxlm.params import mup, vocabulary
+from jaxlm.training import balance, penalty
 from jaxlm.training import frozen as frozen_trees
 from jaxlm.training import teacher as teachers
 from jaxlm.training.rewards import load_rewards
@@ -142,10 +143,6 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
     train = config.train
     meshes.check_batch(mesh.shape, train.batch_size, config.data.sequence_length, train.accumulation)
     meshes.check_model(mesh.shape, cfg)
-    if cfg.moe is not None and cfg.moe.balance != "none":
-        raise ValueError(
-            f"model.moe.balance: {cfg.moe.balance} is not trained yet, only measured; set model.moe.balance to none"
-        )
     base = None if config.mup is None else config.mup.base_of(cfg)
     models = frozen_trees.others(config)
     objective = objectives.make(config.objective)
@@ -170,6 +167,7 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
         seed=config.run.seed,
         sam=config.optimizer.sam,
         passes=passes,
+        extra=penalty.joined([balance.extra(cfg), penalty.extra(config.objective, train.batch_size)]),
     )
     abstract = jax.eval_shape(functools.partial(init_state, recipe), trained)
     shardings = rules.shardings_like(abstract, trained, mesh)

@@ -35,6 +35,18 @@ class State(NamedTuple):
     extra: Variables
 
 
+class Extra(NamedTuple):
+    """What a step changes without a gradient.
+
+    Attributes:
+      start: the collections before the first step.
+      adjust: `(collections, metrics of the whole batch) -> (new collections, metrics to be kept)`.
+    """
+
+    start: Callable[[], Variables]
+    adjust: Callable[[Variables, Metrics], tuple[Variables, Metrics]]
+
+
 class Recipe(NamedTuple):
     """What a step is made of, all static.
 
@@ -48,6 +60,7 @@ class Recipe(NamedTuple):
       seed: of all randomness.
       sam: for perturbations of single microbatches, which are made here; those of the batch are in the chain.
       passes: updates on the same batch within a step; metrics are means over them.
+      extra: of `State.extra`, or None.
     """
 
     objective: Objective
@@ -59,13 +72,15 @@ class Recipe(NamedTuple):
     seed: int = 0
     sam: SamConfig | None = None
     passes: int = 1
+    extra: Extra | None = None
 
 
-def init_state(recipe: Recipe, params: Variables, extra: Variables | None = None) -> State:
+def init_state(recipe: Recipe, params: Variables) -> State:
     """The state before the first step; pure, so it can be built under `jit(out_shardings=...)`."""
     zero = jnp.zeros((), jnp.int32)
     ema = None if recipe.ema is None else jax.tree.map(jnp.copy, params)
-    return State(zero, zero, params, recipe.optimizer.init(params), ema, extra or {})
+    extra = {} if recipe.extra is None else recipe.extra.start()
+    return State(zero, zero, params, recipe.optimizer.init(params), ema, extra)
 
 
 def train_step(recipe: Recipe, state: State, frozen: Variables, batch: Batch) -> tuple[State, Metrics]:
@@ -115,6 +130,9 @@ def update(recipe: Recipe, state: State, frozen: Variables, batch: Batch, key: A
     )
     if recipe.ema is not None:
         new = new._replace(ema=optax.incremental_update(new.params, state.ema, 1.0 - recipe.ema))
+    if recipe.extra is not None:
+        extra, metrics = recipe.extra.adjust(state.extra, metrics)
+        new = new._replace(extra=extra)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics |= sharpness.metrics(opt_state)
