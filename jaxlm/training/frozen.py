@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import rules
+from jaxlm.interop import peft_config
 from jaxlm.interop.load import load, load_config, model_directory
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
@@ -154,7 +155,7 @@ def content(config: "RunConfig") -> dict[str, str]:
 
 def directory_hash(path: str) -> str:
     """SHA-256 of a model directory's configuration, weights and adapter, of their bytes alone."""
-    directory, whole = model_directory(path), hashlib.sha256()
+    directory, whole = peft_config.find(path) or model_directory(path), hashlib.sha256()
     names = ("config.json", "adapter_config.json")
     for file in sorted(
         [*(directory / n for n in names if (directory / n).is_file()), *directory.glob("*.safetensors")]
