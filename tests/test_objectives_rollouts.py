@@ -18,7 +18,6 @@ from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.objectives import completions, grpo
 from jaxlm.objectives.config import GrpoConfig, PpoConfig
-from jaxlm.training.step import Recipe, init_state, train_step
 from jaxlm.types import Head, Output
 
 trl = pytest.importorskip("trl")
@@ -296,33 +295,6 @@ def test_the_first_pass_has_ratio_1_and_no_divergence_from_itself(epochs):
     np.testing.assert_allclose(value, -np.sum(np.asarray(ready["advantages"])[:, None] * shares), atol=1e-6)
     assert float(metrics["kl"]) <= limit and metrics["clip_ratio/region_mean"] == 0.0
     assert float(optax.tree.norm(slope)) > 1e-3, "the gradient is there although nothing has moved"
-
-
-def run(config, accumulation, frozen):
-    objective = objectives.make(config)
-    own = objective.init({"policy": CFG}, jax.random.key(0))
-    optimizer = optax.with_extra_args_support(optax.sgd(1e-2))
-    schedule = optax.constant_schedule(1e-2)
-    recipe = Recipe(objective, apply, optimizer, schedule, accumulation=accumulation, passes=config.epochs)
-    state = init_state(recipe, {**model(0), **own})
-    state, metrics = jax.jit(functools.partial(train_step, recipe))(state, frozen, rollout())
-    return {name: float(value) for name, value in metrics.items()}, state.params
-
-
-@pytest.mark.parametrize(
-    "config",
-    [grpo_config(beta=0.1, epochs=2), ppo_config(epochs=2)],
-    ids=lambda c: c.kind,
-)
-def test_microbatches_of_unequal_length_add_up(config):
-    frozen = {"reference": moved(0.05)}
-    whole, after = run(config, 1, frozen)
-    parts, same = run(config, 4, frozen)
-    assert whole.keys() == parts.keys()
-    for name in whole:
-        assert whole[name] == pytest.approx(parts[name], rel=2e-5, abs=2e-6), name
-    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(same), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_what_cannot_be_scored_moves_nothing():

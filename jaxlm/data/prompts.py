@@ -50,7 +50,9 @@ class PromptRows:
         if len(self) <= count:
             return self
         chosen = [int(index) for index in np.arange(count) * len(self) // count]
-        return PromptRows(*([part[i] for i in chosen] for part in (self.prompts, self.columns, self.ids)))
+        return PromptRows(
+            [self.prompts[i] for i in chosen], [self.columns[i] for i in chosen], [self.ids[i] for i in chosen]
+        )
 
     def columns_of(self, rows: Iterable[int]) -> dict[str, list[Any]]:
         """Column name -> values of these rows; None where a row does not have the column."""
@@ -66,7 +68,7 @@ def prompt_records(path: str | None, validation: str | None) -> tuple[list[Recor
     none is.
     """
     if path is None:
-        parts = [closing_questions(split) for split in ("train", "validation")]  # type: ignore[arg-type]
+        parts = [closing_questions("train"), closing_questions("validation")]
         rows = [[Record(f"{row['module']}: {row['prompt']}", dict(row)) for row in part] for part in parts]
         train, held_out = rows
         content = {"data.path": digest(*(row["prompt"] for part in parts for row in part))}

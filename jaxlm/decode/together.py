@@ -1,6 +1,7 @@
 """Decoding by all processes together, with parameters spread over a mesh: one program, results whole everywhere."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.decode import batch, loop, sampling
 from jaxlm.decode.generation import GREEDY, Samples, ends_of
 from jaxlm.decode.sampling import Choice
+from jaxlm.dist import place
+from jaxlm.dist.mesh import ROWS
 from jaxlm.nn import walk
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
@@ -47,6 +50,8 @@ def sample_on(
     # Without processors the program needs no branches for them, which is most of what would be compiled.
     fixed = GREEDY if choice == GREEDY else None
     inputs = jax.tree.map(np.asarray, (padded.tokens, padded.segments, settings))
+    if rows % math.prod(mesh.shape[axis] for axis in ROWS) == 0:
+        inputs = place.put(inputs, place.batch_sharding(mesh, 1))  # else every device does all rows
     tokens, log_probs, lengths = jax.device_get(_run(mesh, cfg, compute, max_new_tokens, fixed, variables, inputs))
     first, count = padded.tokens.shape[1], padded.count
     lengths = (lengths - padded.lengths)[:count]

@@ -199,6 +199,8 @@ class PpoConfig(ObjectiveConfig):
 
     Attributes:
       kl_coef: weight of the KL penalty in the reward.
+      kl_target: nats per completion that the penalty is steered to, from `kl_coef` on (1909.08593); null: it stays.
+      kl_horizon: completions in which the steering may change the penalty by a fifth.
       epsilon: clip of the probability ratio and of the value.
       value_coef: weight of the value loss.
       gamma, lam: discount and smoothing of the advantages (GAE, 1506.02438).
@@ -207,6 +209,8 @@ class PpoConfig(ObjectiveConfig):
 
     kind: Literal["ppo"] = "ppo"
     kl_coef: NotNegative = 0.05
+    kl_target: Above0 | None = None
+    kl_horizon: Above0 = 10000.0
     epsilon: Above0 = 0.2
     value_coef: NotNegative = 0.1
     gamma: Ratio = 1.0

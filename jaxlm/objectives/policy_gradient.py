@@ -160,7 +160,7 @@ def value_loss(values: Array, old_values: Array, returns: Array, epsilon: float)
     return jnp.maximum(jnp.square(values - returns), jnp.square(near - returns))
 
 
-def adapted_kl(coefficient: Array, observed: Array, target: float, rows: int, horizon: float = 1e4) -> Array:
+def adapted_kl(coefficient: Array, observed: Array, target: float, rows: float, horizon: float = 1e4) -> Array:
     """The KL coefficient for the next step, proportional control towards a target (Ziegler et al., 1909.08593).
 
     Args:

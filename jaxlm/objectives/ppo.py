@@ -21,6 +21,9 @@ from jaxlm.objectives.forward import forward, policy, reference
 from jaxlm.objectives.grpo import token_weights
 from jaxlm.types import Apply, Array, Batch, Objective, Variables
 
+COEFFICIENT = "kl_coef"
+"""Among the frozen trees: the weight of the penalty in this step, where it is not the configuration's."""
+
 REPORTED = (
     *("objective/kl", "objective/entropy", "objective/non_score_reward", "objective/scores", "objective/rlhf_reward"),
     *("completions/mean_length", "completions/clipped_ratio"),
@@ -78,7 +81,8 @@ def _prepare(config: PpoConfig, apply: Apply, params: Variables, frozen: Variabl
     drawn = batch["mask"]
     mask = jnp.where(jnp.isnan(scores)[:, None], 0.0, drawn)
     kl = jnp.where(drawn > 0, policy_gradient.divergence(old, other), 0.0)
-    rewards = policy_gradient.shaped_rewards(kl, jnp.nan_to_num(scores), mask, config.kl_coef)
+    kl_coef = frozen.get(COEFFICIENT, config.kl_coef)
+    rewards = policy_gradient.shaped_rewards(kl, jnp.nan_to_num(scores), mask, kl_coef)
     advantages, returns = policy_gradient.gae(rewards, values, mask, config.gamma, config.lam)
     columns = {
         "mask": mask,
@@ -87,7 +91,7 @@ def _prepare(config: PpoConfig, apply: Apply, params: Variables, frozen: Variabl
         "advantages": policy_gradient.whiten(advantages, mask),
         "returns": returns,
     }
-    penalty, score = -config.kl_coef * jnp.mean(jnp.sum(kl, axis=1)), completions.moments(scores)[0]
+    penalty, score = -kl_coef * jnp.mean(jnp.sum(kl, axis=1)), completions.moments(scores)[0]
     numbers = [*(completions.moments(column)[0] for column in each.T), jnp.mean(jnp.sum(kl, axis=1))]
     numbers += [jnp.mean(jnp.sum(-old * drawn, axis=1)), penalty, score, penalty + score]
     numbers += [jnp.mean(jnp.sum(drawn, axis=1)), 1.0 - jnp.mean(batch["ended"])]

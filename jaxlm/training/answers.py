@@ -85,7 +85,7 @@ def held_out(setup: Setup) -> PromptRows:
 def right_of(drawn: Drawn, models: bool) -> list[bool | None]:
     """Whether each completion is right, see `make`."""
     answers = drawn.columns.get(ANSWER, [None] * len(drawn.texts))
-    full = [None] * len(drawn.texts) if models else [bool(x) for x in (drawn.rewards >= 1.0).all(axis=1)]
+    full = [None] * len(drawn.texts) if models else [bool(np.all(earned >= 1.0)) for earned in drawn.rewards]
     pairs = zip(drawn.texts, answers, full, strict=True)
     return [text.strip() == str(answer).strip() if answer is not None else other for text, answer, other in pairs]
 

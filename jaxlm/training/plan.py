@@ -17,6 +17,7 @@ from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place
 from jaxlm.interop.load import load_config
 from jaxlm.nn.config import ModelConfig
+from jaxlm.objectives.completions import reward_column
 from jaxlm.optim.effective import Row, effective
 from jaxlm.training import setup, throughput
 from jaxlm.training.memory import GB, Load, Memory, activation_bytes, device_bytes, logits_bytes
@@ -74,13 +75,13 @@ def of_program(config: "RunConfig", program: Program, compiled: bool = False) ->
     trained, frozen = program.abstract.params, program.frozen
     count = tree.count(trained)
     length = config.data.sequence_length
-    flops = throughput.flops_per_token(program.cfg, length) * config.train.batch_size * length
+    flops = throughput.flops_per_token(program.cfg, length) * step_rows(config) * length
     return Plan(
         parameters=count + tree.count(frozen.get("params", {})),
         trainable=count,
         flops=flops,
         memory=memory(config, program),
-        compiled=_compiled_bytes(config, program) if compiled and config.objective.kind not in PROMPTS else None,
+        compiled=_compiled_bytes(config, program) if compiled else None,
         rows=effective(config.optimizer, program.cfg, trained, program.plan, frozen.get("params")),
         attention=setup.attention_backend(config, program.cfg, program.compute),
     )
@@ -92,7 +93,7 @@ def memory(config: "RunConfig", program: Program) -> Memory:
     groups = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     accumulation = config.train.accumulation
     load = Load(
-        rows=config.train.batch_size // (groups * accumulation),
+        rows=step_rows(config) // (groups * accumulation),
         positions=config.data.sequence_length // sizes["context"],
     )
     trained = device_bytes(state.params)
@@ -125,16 +126,25 @@ def refuse(config: "RunConfig", needed: Memory) -> None:
         )
 
 
+def step_rows(config: "RunConfig") -> int:
+    """Rows of a step's batch; of a prompt, as many as completions are drawn."""
+    return config.train.batch_size * getattr(config.objective, "group_size", 1)
+
+
 def abstract_batch(config: "RunConfig", program: Program) -> Batch:
-    """The batch of a step on given rows, without arrays; pairs have one more axis."""
+    """The batch of a step, without arrays; pairs have one more axis, and completions are as long as they can get."""
     pair = (2,) if config.objective.kind in PAIRS else ()
-    shape = (config.train.batch_size, *pair, config.data.sequence_length)
+    shape = (step_rows(config), *pair, config.data.sequence_length)
     sharding = place.batch_sharding(program.mesh)
     names = {"tokens": "int32", "targets": "int32", "mask": "float32", "segments": "int32", "positions": "int32"}
     abstract: Any = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding)
     batch = {name: abstract(dtype) for name, dtype in names.items()}
     if config.objective.kind in LABELLED:
         batch["label"] = jax.ShapeDtypeStruct(shape[:1], "float32", sharding=sharding)
+    if config.objective.kind in PROMPTS:
+        entries = range(len(getattr(config.objective, "rewards", ())))
+        flat = jax.ShapeDtypeStruct(shape[:1], "float32", sharding=place.batch_sharding(program.mesh, 1))
+        batch |= {"ended": flat} | {reward_column(index): flat for index in entries}
     return batch
 
 

@@ -85,7 +85,12 @@ def load_rewards(entries: Sequence[str]) -> list[Reward | None]:
       FileNotFoundError: no such file or directory.
       ValueError: a file that cannot be run, or no such function in it.
     """
-    return [_load(entry) if is_function(entry) else _directory(entry) for entry in entries]
+    for entry in entries:
+        if not is_function(entry) and not Path(entry).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"{FIELD}: {entry}: no such directory; name a reward model, or a function as path/file.py:function"
+            )
+    return [_load(entry) if is_function(entry) else None for entry in entries]
 
 
 def model_directory_of(entries: Sequence[str]) -> str | None:
@@ -98,13 +103,6 @@ def model_directory_of(entries: Sequence[str]) -> str | None:
     if len(directories) > 1:
         raise ValueError(f"{FIELD}: two reward models, {' and '.join(directories[:2])}; name at most one")
     return directories[0] if directories else None
-
-
-def _directory(entry: str) -> None:
-    if not Path(entry).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"{FIELD}: {entry}: no such directory; name a reward model, or a function as path/file.py:function"
-        )
 
 
 def _load(entry: str) -> Reward:
