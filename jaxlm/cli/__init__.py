@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "jaxlm.cli.compare",
     "report": "jaxlm.cli.report",
     "export": "jaxlm.cli.export",
+    "quantize": "jaxlm.cli.quantize",
     "merge": "jaxlm.cli.merge",
     "coord-check": "jaxlm.cli.coord_check",
     "sweep": "jaxlm.cli.sweep",

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,13 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.dist import rules
-from jaxlm.interop import hf, names, peft, safetensors, scored
+from jaxlm.interop import bitsandbytes, hf, names, peft, safetensors, scored, selection
+from jaxlm.interop.bitsandbytes import Packed
 from jaxlm.interop.hf.rows import Family
 from jaxlm.interop.names import Target
 from jaxlm.interop.safetensors import Entry
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import QTensor, check_kind
 from jaxlm.types import Array, Tree, Variables
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -51,7 +53,8 @@ def load(
       dtype: of the parameters: `float32`, `bfloat16`, `float16`, or `auto`, which keeps each leaf as it is stored.
       adapter: a PEFT directory, or a run directory that holds one, for the model at `path`. What `path` is itself, with
         the base that it names, needs no second argument.
-      quantize: not supported yet.
+      quantize: `nf4`, `nf4-double` or `int8`: the projections of all layers become QTensors, one tensor after another.
+        Null keeps what is there: in a directory that bitsandbytes quantised they are QTensors already.
       mesh: devices over which the parameters are spread by the sharding rules; null: the default device.
 
     Returns:
@@ -63,16 +66,17 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; the known ones are {', '.join(DTYPES)}")
+    if quantize is not None:
+        check_kind(quantize)
     path, found = peft.locate(path, adapter)
     if found is not None:
         return peft.attach(*load(path, dtype, quantize=quantize, mesh=mesh), found, mesh)
-    if quantize is not None:
-        raise ValueError(f"quantize: {quantize!r}: quantised loading is not supported yet; leave it out")
     directory = model_directory(path)
     cfg, family = _read_config(directory)
-    entries = safetensors.open_directory(directory)
+    entries = bitsandbytes.gathered(safetensors.open_directory(directory))
     cfg = _settle_head(cfg, family, entries)
-    return cfg, {"params": _read_params(cfg, family, entries, str(directory), dtype, mesh)}
+    choice = selection.take(cfg, family.table(cfg), entries)
+    return cfg, {"params": _read_params(cfg, family, entries, directory, Want(dtype, quantize, mesh))} | choice
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -88,7 +92,7 @@ def load_config(path: str | Path) -> ModelConfig:
     if not cfg.tie_embeddings:
         return cfg
     try:
-        entries = safetensors.open_directory(directory)
+        entries = bitsandbytes.gathered(safetensors.open_directory(directory))
     except (FileNotFoundError, ValueError):
         return cfg
     return _settle_head(cfg, family, entries)
@@ -113,6 +117,7 @@ def _read_config(directory: Path) -> tuple[ModelConfig, Family]:
     raw = safetensors.read_json(file)
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: not a JSON object; mend or replace the file")
+    raw = bitsandbytes.without_quantisation(raw, str(file))
     cfg = hf.read_config(raw, str(file))
     cfg = scored.headless(cfg) if scored.is_scored(raw) else cfg
     return _generation_ends(cfg, directory), hf.family_of(raw, str(file))
@@ -144,7 +149,7 @@ def read_generation_config(directory: Path) -> Mapping[str, Any]:
     return raw
 
 
-def _settle_head(cfg: ModelConfig, family: Family, entries: dict[str, Entry]) -> ModelConfig:
+def _settle_head(cfg: ModelConfig, family: Family, entries: dict[str, Entry | Packed]) -> ModelConfig:
     """A tied model whose file has a head too: equal to the embedding it is dropped, different it is kept, untied."""
     if SCORE in entries:
         entries.pop(HEAD, None)
@@ -169,38 +174,46 @@ def _settle_head(cfg: ModelConfig, family: Family, entries: dict[str, Entry]) ->
     return dataclasses.replace(cfg, tie_embeddings=False)
 
 
-def _equal(a: Entry, b: Entry) -> bool:
+def _equal(a: Entry | Packed, b: Entry | Packed) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     x, y = (entry.view().reshape(-1) for entry in (a, b))
     return all(np.array_equal(x[i : i + COMPARED], y[i : i + COMPARED]) for i in range(0, x.size, COMPARED))
 
 
+class Want(NamedTuple):
+    """What `load` was asked for; see there."""
+
+    dtype: str
+    quantize: str | None
+    mesh: jax.sharding.Mesh | None
+
+
 def _read_params(
-    cfg: ModelConfig,
-    family: Family,
-    entries: dict[str, Entry],
-    where: str,
-    dtype: str,
-    mesh: jax.sharding.Mesh | None,
+    cfg: ModelConfig, family: Family, entries: dict[str, Entry | Packed], directory: Path, want: Want
 ) -> Tree:
     table, leaves = family.table(cfg), names.abstract(cfg)
     if SCORE in entries:
         table, leaves = scored.table(table), scored.leaves(leaves, cfg)
     fused = bool(table.fused) and any(name.endswith(".experts.gate_up_proj") for name in entries)
     wanted = names.targets(cfg, table, leaves, fused)
-    chosen = names.match(entries, wanted, table, where)
-    for name, full in chosen.items():
-        _check(entries[name], name, wanted[full])
-    stored = [(part.path, entries[name].dtype) for name, full in chosen.items() for part in wanted[full].parts]
-    dtypes = _widest(stored) if dtype == "auto" else dict.fromkeys(leaves, dtype)
-    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
-    places = dict.fromkeys(leaves) if mesh is None else tree.leaves(rules.shardings(names.nest(leaves), mesh))
-    buffers = {path: _buffer(leaf, places[path]) for path, leaf in leaves.items()}
+    matched = names.match(entries, wanted, table, str(directory)).items()
+    found = [(bitsandbytes.fitted(entries[name], wanted[full]), wanted[full]) for name, full in matched]
+    for (name, _), (entry, target) in zip(matched, found, strict=True):
+        _check(entry, name, target)
+    stored = [(part.path, entry.dtype) for entry, target in found for part in target.parts]
+    dtypes = _widest(stored) if want.dtype == "auto" else dict.fromkeys(leaves, want.dtype)
+    forms = bitsandbytes.forms(found, leaves, want.quantize, dtypes)
+    floats = {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
+    abstract = names.nest(floats | forms)
+    parts = tree.leaves(abstract)
+    places = dict.fromkeys(parts) if want.mesh is None else tree.leaves(rules.shardings(abstract, want.mesh))
+    buffers = {path: _buffer(leaf, places[path]) for path, leaf in parts.items()}
     # In the order of the file, so that a disk is read in one pass.
-    for name in sorted(chosen, key=lambda name: (entries[name].file, entries[name].offset)):
-        _fill(buffers, entries[name].view(), wanted[chosen[name]])
-    return names.nest({path: _placed(buffers.pop(path), places[path]) for path in leaves})
+    for entry, target in sorted(found, key=lambda pair: (pair[0].file, pair[0].offset)):
+        _fill(buffers, entry, target, forms)
+    placed = [_placed(buffers.pop(path), places[path]) for path in parts]
+    return jax.tree.unflatten(jax.tree.structure(abstract), placed)
 
 
 def _widest(stored: Iterable[tuple[str, np.dtype]]) -> dict[str, np.dtype]:
@@ -230,17 +243,25 @@ def _placed(buffer: np.ndarray | Array, place: jax.sharding.NamedSharding | None
     return jax.make_array_from_callback(buffer.shape, place, lambda index: buffer[index])
 
 
-def _check(entry: Entry, name: str, target: Target) -> None:
+def _check(entry: Entry | Packed, name: str, target: Target) -> None:
     if entry.shape != target.shape:
         shapes = f"shape {list(entry.shape)}, but config.json asks for {list(target.shape)}"
         raise ValueError(f"{entry.file}: {name}: {shapes}; the weights do not fit config.json")
     if not jnp.issubdtype(entry.dtype, jnp.floating):
-        raise ValueError(f"{entry.file}: {name}: dtype {entry.dtype} is no float; quantised weights are not supported")
+        raise ValueError(
+            f"{entry.file}: {name}: dtype {entry.dtype} is no float, and nothing beside it says what it is"
+        )
 
 
-def _fill(buffers: dict[str, np.ndarray | Array], tensor: np.ndarray, target: Target) -> None:
+def _fill(
+    buffers: dict[str, np.ndarray | Array], entry: Entry | Packed, target: Target, forms: Mapping[str, QTensor]
+) -> None:
     """Copies one tensor of a file into the leaves that it belongs to."""
-    start = 0
+    if target.parts[0].path in forms:
+        for path, index, piece in bitsandbytes.pieces(entry, target, forms):
+            _store(buffers, path, index, piece, False)
+        return
+    start, tensor = 0, entry.view()
     for part in target.parts:
         width = part.shape[-1] if part.shape else 1
         piece = tensor
@@ -248,14 +269,21 @@ def _fill(buffers: dict[str, np.ndarray | Array], tensor: np.ndarray, target: Ta
             where = slice(start, start + width)
             piece = tensor[..., where, :] if target.transpose else tensor[..., where]
         start += width
-        buffer = buffers[part.path]
-        if isinstance(buffer, np.ndarray):
-            _copy(buffer[part.index], piece, target.transpose)
-            continue
-        placed = _put(piece, buffer, len(part.index), target.transpose)
-        index = tuple(np.int32(i) for i in part.index)
-        # One at a time: a mapped tensor leaves memory before the next is touched.
-        buffers[part.path] = _update(buffer, placed, index, transpose=target.transpose).block_until_ready()
+        _store(buffers, part.path, part.index, piece, target.transpose)
+
+
+def _store(
+    buffers: dict[str, np.ndarray | Array], path: str, index: tuple[int, ...], piece: np.ndarray, transpose: bool
+) -> None:
+    """`buffers[path][index] = piece`, transposed and converted."""
+    buffer = buffers[path]
+    if isinstance(buffer, np.ndarray):
+        _copy(buffer[(*index, ...)], piece, transpose)
+        return
+    placed = _put(piece, buffer, len(index), transpose)
+    where = tuple(np.int32(i) for i in index)
+    # One at a time: a mapped tensor leaves memory before the next is touched.
+    buffers[path] = _update(buffer, placed, where, transpose=transpose).block_until_ready()
 
 
 def _copy(out: np.ndarray, piece: np.ndarray, transpose: bool) -> None:

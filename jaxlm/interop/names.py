@@ -8,6 +8,7 @@ import jax
 
 from jaxlm import tree
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.nn.transformer import init
 from jaxlm.nn.walk import layer_slots
 from jaxlm.types import Tree
@@ -95,7 +96,7 @@ def nest(leaves: Mapping[str, Any]) -> Tree:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = leaf
-    assert tree.leaves(root).keys() == leaves.keys()
+    assert tree.leaves(root, is_leaf=is_qtensor).keys() == leaves.keys()
     return root
 
 

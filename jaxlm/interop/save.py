@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
 from jaxlm.dist import multihost, place
-from jaxlm.interop import hf, names, peft, safetensors, scored
+from jaxlm.interop import bitsandbytes, hf, names, peft, safetensors, scored, selection
 from jaxlm.interop.directory import refuse_occupied, replacement, write_json
 from jaxlm.interop.fold import fold
 from jaxlm.interop.names import Target
 from jaxlm.interop.safetensors import NAMES, Tensor
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.params.lora import merge, merged_config
 from jaxlm.types import Array, Tree, Variables
 
@@ -53,8 +55,8 @@ def save(
 
     Args:
       path: directory to make.
-      cfg, variables: the model; {"params": tree}. With `lora` too, the adapter is merged into it; {"lora": tree} alone
-        is written as a PEFT directory, whose base is `cfg.lora.base`.
+      cfg, variables: the model; {"params": tree}, its quantised kernels in bitsandbytes' form. With `lora` too, the
+        adapter is merged into it; {"lora": tree} alone is written as a PEFT directory, whose base is `cfg.lora.base`.
       tokenizer: a tokenizer.json, or a directory with one; it is copied, with its configuration and chat template.
       shard_size: largest size of one weight file in bytes; more is spread over several with an index.
       own_form: whether a model that no family can express is written in a form that only `jaxlm.load` reads.
@@ -67,9 +69,10 @@ def save(
     source = _tokenizer_files(tokenizer)
     if set(variables) == {"lora"}:
         return _save_adapter(path, cfg, variables["lora"], source)
+    variables, selection_bias = selection.split(variables)
     cfg, variables = _merged(cfg, variables)
     folds, plain_cfg = fold(cfg)
-    leaves = tree.leaves(variables["params"])
+    leaves = tree.leaves(variables["params"], is_leaf=is_qtensor)
     if has_score := "score/kernel" in leaves:
         plain_cfg = scored.headless(plain_cfg)
         leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("unembed/")}
@@ -78,13 +81,15 @@ def save(
     if has_score:
         table, shapes, written = scored.table(table), scored.leaves(shapes, cfg), scored.written(written, cfg)
     tensors = _tensors(names.targets(plain_cfg, table, shapes), leaves, folds)
+    tensors += selection.tensors(plain_cfg, table, selection_bias)
     dtype = _common_dtype(tensors)
+    written |= {"dtype": dtype, "torch_dtype": dtype} | bitsandbytes.quantization_config(leaves, dtype)
     if not multihost.is_main():
         for tensor in tensors:
             tensor.make()
         return
     with replacement(path) as temporary:
-        write_json(temporary / "config.json", written | {"dtype": dtype, "torch_dtype": dtype})
+        write_json(temporary / "config.json", written)
         write_json(temporary / "generation_config.json", generation_config(cfg))
         for name, file in source.items():
             shutil.copyfile(file, temporary / name)
@@ -161,6 +166,9 @@ def _tensors(
 
     found = []
     for name, target in targets.items():
+        if any(is_qtensor(leaves[part.path]) for part in target.parts):
+            found += bitsandbytes.tensors(name, target, leaves, folds)
+            continue
         dtype = np.dtype(leaves[target.parts[0].path].dtype)
         if dtype not in NAMES:
             raise ValueError(f"{target.parts[0].path}: dtype {dtype} cannot be written; convert it first")
@@ -174,9 +182,9 @@ def _host(leaf: Array, index: tuple[int, ...]) -> np.ndarray:
 
 
 def _common_dtype(tensors: list[Tensor]) -> str:
-    """The dtype that holds most bytes, by transformers' name."""
+    """The floating dtype that holds most bytes, by transformers' name."""
     sizes: dict[str, int] = {}
-    for tensor in tensors:
+    for tensor in (t for t in tensors if jnp.issubdtype(t.dtype, jnp.floating)):
         sizes[str(tensor.dtype)] = sizes.get(str(tensor.dtype), 0) + tensor.size
     return max(sizes, key=lambda name: sizes[name])
 

@@ -20,7 +20,7 @@ from jaxlm.nn.qtensor import (
 )
 from jaxlm.types import Array, Tree
 
-PROJECTIONS = r"(attn/(q|k|v|o)|mlp/(gate|up|down))/kernel"
+PROJECTIONS = "(attn/(q|k|v|o)|(mlp|shared)/(gate|up|down))/kernel"
 """The leaves that are quantised: the matrix products of layers. Embedding, head, router and norms stay as they are."""
 
 GRID = 65535
