@@ -18,6 +18,10 @@ def command(config: str, overrides: tuple[str, ...]) -> int | None:
     from jaxlm.config import load
 
     settings = load(config, overrides)
-    from jaxlm.evals.around import train
+    from jaxlm.dist.multihost import is_main
+    from jaxlm.evals.around import before_and_after, train
 
-    return train(settings)
+    code = train(settings)
+    if code == 0 and is_main() and (text := before_and_after(settings.run.dir)) is not None:
+        click.echo(f"before (A) and after (B) training, held-out items:\n{text}", err=True)
+    return code

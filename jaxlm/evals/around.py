@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlm.dist import multihost
+from jaxlm.evals import compare
 from jaxlm.evals.run import Tasks, evaluate_subject, read_tasks
 from jaxlm.evals.subject import Subject, ends
 from jaxlm.interop import peft_config
@@ -35,6 +36,14 @@ def train(config: "RunConfig") -> int:
         )
     tasks = read_tasks(config.train.tasks, field="train.tasks")
     return loop.train(config, functools.partial(score, tasks))
+
+
+def before_and_after(directory: str | Path) -> str | None:
+    """The comparison of a run's items before and after training, as `jaxlm compare` says it; None where it has none."""
+    folders = [Path(directory) / "evals" / when for when in ("before", "after")]
+    if not all(folder.is_dir() and list(folder.glob("samples_*.jsonl")) for folder in folders):
+        return None
+    return compare.describe(*folders)
 
 
 def score(tasks: Tasks, setup: Setup, variables: Variables, directory: Path) -> dict[str, float]:

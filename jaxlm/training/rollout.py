@@ -20,10 +20,12 @@ from jaxlm.decode.sampling import Choice
 from jaxlm.decode.streaming import CONTEXT
 from jaxlm.decode.together import sample_on
 from jaxlm.dist import multihost, place
+from jaxlm.interop.load import load_config
 from jaxlm.objectives.completions import reward_column
 from jaxlm.objectives.config import GrpoConfig, PpoConfig
 from jaxlm.objectives.forward import policy
-from jaxlm.training.rewards import Reward, load_rewards
+from jaxlm.training.frozen import model_tokenizer
+from jaxlm.training.rewards import Reward, load_rewards, model_directory_of
 from jaxlm.training.setup import Setup
 from jaxlm.types import Batch, Variables
 
@@ -139,8 +141,19 @@ def make(setup: Setup) -> Callable[[Variables, Variables, Batch, int], Batch] | 
 
 
 def roller_of(setup: Setup) -> Roller:
-    """What draws and rewards completions in this run."""
+    """What draws and rewards completions in this run.
+
+    Raises:
+      ValueError, FileNotFoundError: a reward that cannot be found, or a reward model with another tokenizer.
+    """
     objective, tokenizer = cast(GrpoConfig | PpoConfig, setup.config.objective), setup.data.tokenizer
+    if (directory := model_directory_of(objective.rewards)) is not None:
+        judge = model_tokenizer(directory, load_config(directory))
+        if judge is not None and judge.sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"objective.rewards: {directory} has another tokenizer than the trained model, whose tokens it is to "
+                "score; use a reward model with the same one"
+            )
     stops = [] if objective.stop is None else tokens_with(tokenizer, objective.stop)
     ends = tuple(dict.fromkeys([*ends_of(setup.program.cfg), *stops]))
     return Roller(setup, tuple(load_rewards(objective.rewards)), ends)
