@@ -3,16 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from jaxlm.objectives.config import KtoConfig
+from jaxlm.objectives.forward import policy, reference
 from jaxlm.objectives.sequences import (
     completions_of,
     frozen_log_probs,
+    log_ratios,
     policy_log_probs,
     real_rows,
     row_weights,
     with_reference,
 )
-from jaxlm.objectives.config import KtoConfig
-from jaxlm.objectives.forward import policy, reference
 from jaxlm.types import Apply, Array, Batch, Objective, Variables
 
 
@@ -45,8 +46,8 @@ def kto(config: KtoConfig) -> Objective:
         apply: Apply, params: Variables, frozen: Variables, batch: Batch, weights: dict[str, Array], key: Array | None
     ) -> tuple[Array, dict[str, Array]]:
         log_probs, auxiliary, metrics = policy_log_probs(apply, params, frozen, batch, weights, key)
-        sums = completions_of(log_probs, batch["mask"]).log_probs
-        ratios = sums - batch["reference_log_probs"]
+        completions = completions_of(log_probs, batch["mask"])
+        ratios = log_ratios(completions, batch["reference_log_probs"])
         sides = _sides(batch)
         shift = config.beta * (ratios - batch["kl"])
         losses = jnp.where(
@@ -57,7 +58,7 @@ def kto(config: KtoConfig) -> Objective:
         real = real_rows(batch)
         for name, side in sides.items():
             metrics[f"rewards/{name}"] = jnp.sum(jnp.where(side, config.beta * ratios, 0.0)) / weights[name]
-            metrics[f"logps/{name}"] = jnp.sum(jnp.where(side, sums, 0.0)) / weights[name]
+            metrics[f"logps/{name}"] = jnp.sum(jnp.where(side, completions.log_probs, 0.0)) / weights[name]
         metrics["kl"] = jnp.sum(jnp.where(real, batch["kl"], 0.0)) / weights["rows"]
         total = jnp.sum(jnp.where(real, losses, 0.0)) / weights["rows"]
         return total + auxiliary, jax.lax.stop_gradient(metrics)

@@ -20,6 +20,7 @@ from jaxlm.objectives.next_token import unprepared
 from jaxlm.objectives.sequences import (
     completions_of,
     frozen_log_probs,
+    log_ratios,
     policy_log_probs,
     real_rows,
     row_weights,
@@ -87,7 +88,7 @@ def dpo(config: DpoConfig) -> Objective:
     ) -> tuple[Array, dict[str, Array]]:
         log_probs, auxiliary, metrics = policy_log_probs(apply, params, frozen, batch, weights, key)
         completions = completions_of(log_probs, batch["mask"])
-        ratios = completions.log_probs - batch["reference_log_probs"]
+        ratios = log_ratios(completions, batch["reference_log_probs"])
         means = ratios / jnp.maximum(completions.lengths, 1.0)
         losses = LOSSES[config.loss](config, ratios[:, 0] - ratios[:, 1], means[:, 0] - means[:, 1])
         mean = _over_pairs(batch, weights)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.objectives.sequences import flat_rows, real_rows, row_weights
 from jaxlm.objectives.config import RewardConfig
 from jaxlm.objectives.forward import forward, policy
 from jaxlm.objectives.next_token import unprepared
+from jaxlm.objectives.sequences import flat_rows, real_rows, row_weights
 from jaxlm.types import Apply, Array, Batch, Objective, Output, Tree, Variables
 
 SCORE_STD = 0.02

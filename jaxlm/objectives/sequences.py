@@ -15,6 +15,9 @@ from jaxlm.types import Apply, Array, Batch, Variables
 
 ROW_COLUMNS = ("tokens", "targets", "mask", "segments", "positions")
 
+ROUNDING = 1e-6
+"""Of a sum of log-probabilities in float32, relative to it and to its number of terms."""
+
 
 class Completions(NamedTuple):
     """Of each row: the sum of its labels' log-probabilities, and how many labels it has; float32 [...]."""
@@ -69,6 +72,17 @@ def with_reference(apply: Apply, params: Variables, frozen: Variables, batch: Ba
     if "reference_log_probs" in batch:
         return batch
     return batch | {"reference_log_probs": frozen_log_probs(apply, reference(params, frozen), batch)}
+
+
+def log_ratios(completions: Completions, reference_log_probs: Array) -> Array:
+    """Log-probabilities less those of the reference, [...], 0 where they differ by rounding alone.
+
+    A policy that equals its reference runs through another program, whose sums are rounded differently. Its ratios are
+    0 all the same, so that the first step has a margin of 0; the gradient is that of the difference.
+    """
+    difference = completions.log_probs - reference_log_probs
+    limit = ROUNDING * (jnp.abs(reference_log_probs) + completions.lengths)
+    return difference - jax.lax.stop_gradient(jnp.where(jnp.abs(difference) <= limit, difference, 0.0))
 
 
 def real_rows(batch: Batch) -> Array:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxlm.data.dataset import Dataset
-from jaxlm.objectives.forward import policy
+from jaxlm.objectives.forward import policy, reference
 from jaxlm.objectives.preference import unconditional_accuracy
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import Recipe, combine
@@ -25,18 +25,18 @@ def make(setup: Setup, batches_of: Callable[[Setup, Dataset], Iterator[Batch]]) 
     """What evaluates a run on pairs or labelled completions: on the held-out rows, and on each further set of them
     under `<its name>/`.
 
-    Besides the objective's loss and metrics, without dropout, there is `accuracy_unconditional` for pairs: how often
-    the model gives the chosen completion more probability than the rejected where it sees neither prompt. What an
-    accuracy has above it comes from the prompt.
+    Besides the objective's loss and metrics, without dropout, there is for pairs how often a model gives the chosen
+    completion more probability than the rejected without seeing the prompt: `accuracy_unconditional` of the reference,
+    which is what one starts from, and `accuracy_without_prompt` of the trained model. What the accuracy has above the
+    first was learnt; what it has above the second comes from the prompt.
 
     Args:
       setup: the run.
       batches_of: the rows that an evaluation looks at, in batches on the mesh.
     """
     recipe = setup.program.recipe
-    likelihood = setup.config.objective.kind in BY_LIKELIHOOD
     weigh = jax.jit(recipe.objective.weights)
-    score = jax.jit(functools.partial(shares, recipe, likelihood))
+    score = jax.jit(functools.partial(shares, recipe, setup.config.objective.kind))
 
     def measure(params: Variables, frozen: Variables, data: Dataset) -> dict[str, float]:
         weights: dict[str, Any] = {}
@@ -58,13 +58,14 @@ def make(setup: Setup, batches_of: Callable[[Setup, Dataset], Iterator[Batch]]) 
 
 
 def shares(
-    recipe: Recipe, likelihood: bool, params: Variables, frozen: Variables, weights: dict[str, Array], batch: Batch
+    recipe: Recipe, kind: str, params: Variables, frozen: Variables, weights: dict[str, Array], batch: Batch
 ) -> dict[str, Array]:
     """What a batch contributes to loss and metrics, if `weights` are those of all rows that are evaluated."""
     objective, apply = recipe.objective, recipe.apply
     prepared = objective.prepare(apply, params, frozen, batch, None)
     loss, metrics = objective.loss(apply, params, frozen, prepared, weights, None)
-    if likelihood:
-        accuracy = unconditional_accuracy(apply, policy(params, frozen), batch, weights)
-        metrics = metrics | {"accuracy_unconditional": accuracy}
-    return {"loss": loss, **metrics}
+    models = {"without_prompt": policy} if kind in BY_LIKELIHOOD else {}
+    models |= {"unconditional": reference} if kind == "dpo" else {}
+    for name, model in models.items():
+        metrics[f"accuracy_{name}"] = unconditional_accuracy(apply, model(params, frozen), batch, weights)
+    return {"loss": loss, **{name: value for name, value in metrics.items() if not name.startswith("moe/")}}
