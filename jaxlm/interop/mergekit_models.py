@@ -15,7 +15,7 @@ ADAPTER_PREFIX = "base_model.model."
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Names of the number of layers in config.json, over all families."""
 
-PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "layer_replication": None, "peft_type": "LORA"}
+PLAIN = {"peft_type": "LORA", "use_dora": False, "bias": "none", "lora_bias": False, "layer_replication": None}
 """Fields of adapter_config.json that must have this value for an adapter to be added to a model here."""
 
 _LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
@@ -124,6 +124,14 @@ def layer_count(config: Mapping[str, Any]) -> tuple[str, int] | None:
     return next(((name, config[name]) for name in LAYER_COUNTS if isinstance(config.get(name), int)), None)
 
 
+def check_plain(adapter: Parent) -> None:
+    """Raise ValueError, naming the field, where an adapter is more than `scale * b a` on each module."""
+    for field, wanted in PLAIN.items():
+        if adapter.config.get(field, wanted) != wanted:
+            file = adapter.directory / ADAPTER_CONFIG
+            raise ValueError(f"{file}: {field}: such an adapter cannot be merged here; export the merged model first")
+
+
 def _count(tensors: Mapping[str, Stored]) -> int:
     return max((layer + 1 for _, layer in map(split, tensors) if layer is not None), default=0)
 
@@ -137,12 +145,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _joined(name: str, model: Parent, adapter: Parent) -> Parent:
     """A model with an adapter's contribution added to its weights, each when it is looked at."""
-    file = adapter.directory / ADAPTER_CONFIG
     if not adapter.is_adapter or model.is_adapter:
         raise ValueError(f"{name}: expected model+adapter; {adapter.directory} must have an {ADAPTER_CONFIG}")
-    for field, wanted in PLAIN.items():
-        if adapter.config.get(field, wanted) != wanted:
-            raise ValueError(f"{file}: {field}: such an adapter cannot be merged here; export the merged model first")
+    check_plain(adapter)
     tensors = dict(model.tensors)
     for key, entry in adapter.tensors.items():
         path = key.removeprefix(ADAPTER_PREFIX)
@@ -171,10 +176,10 @@ def _with_adapter(adapter: Parent, module: str, a_name: str, weight: Stored) -> 
     if (shape[::-1] if transposed else shape) != weight.shape or a.shape[0] != b.shape[-1]:
         shapes = f"{list(a.shape)} and {list(b.shape)} do not fit {list(weight.shape)}"
         raise ValueError(f"{file}: {a_name}: {shapes}; the adapter is another model's")
-    return Sum(weight, a, b, _scale(adapter.config, module, a.shape[0]), transposed)
+    return Sum(weight, a, b, adapter_scale(adapter.config, module, a.shape[0]), transposed)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def adapter_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA, alpha by the first pattern that the module's name ends with."""
     patterns = config.get("alpha_pattern") or {}
     alpha = next((a for key, a in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), None)

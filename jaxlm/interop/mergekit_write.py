@@ -86,6 +86,10 @@ def merge(recipe: Recipe, out: str | Path, *, seed: int = 0, progress: Progress 
     refuse_occupied(out)
     names = dict.fromkeys((*recipe.models, recipe.donor))
     parents = {name: open_parent(name) for name in names}
+    if any(parent.is_adapter for parent in parents.values()):
+        from jaxlm.interop.mergekit_adapters import merge_adapters
+
+        return merge_adapters(recipe, parents, out, seed, progress)
     _check_kind(parents)
     words = vocabulary(recipe, parents)
     outputs = plan(recipe, parents)
@@ -95,7 +99,7 @@ def merge(recipe: Recipe, out: str | Path, *, seed: int = 0, progress: Progress 
         _check_fit(one, words is not None)
     distances = Distances(recipe)
     key = jax.random.key(seed)
-    made = functools.partial(_make, recipe, key, distances)
+    made = functools.partial(make, recipe, key, distances)
     tensors = _tensors(recipe, outputs, made, progress)
     donor = parents[recipe.donor]
     with replacement(out) as temporary, _wide_enough(recipe, outputs):
@@ -308,7 +312,7 @@ def _tensors(
     return tensors
 
 
-def _make(recipe: Recipe, key: jax.Array, distances: Distances, one: Output) -> np.ndarray:
+def make(recipe: Recipe, key: jax.Array, distances: Distances, one: Output) -> np.ndarray:
     """The tensor itself, in the dtype that it is written in."""
     dtype = _dtype(recipe, one)
     tensors = [i.tensor.view().astype(dtype, copy=False) for i in one.inputs]
@@ -319,7 +323,7 @@ def _make(recipe: Recipe, key: jax.Array, distances: Distances, one: Output) -> 
     method = methods.METHODS[recipe.method]
     models = [one.part.sources[i.source].model for i in one.inputs]
     base = one.part.base or recipe.base
-    shared, each = _parameters(recipe, one, method)
+    shared, each = parameters(recipe, one, method)
     if recipe.method == "passthrough" and each[0]["scale"] is None:
         result = tensors[0]
     else:
@@ -331,7 +335,7 @@ def _make(recipe: Recipe, key: jax.Array, distances: Distances, one: Output) -> 
     return result.astype(np.dtype(jnp.dtype(recipe.out_dtype)), copy=False) if recipe.out_dtype else result
 
 
-def _parameters(recipe: Recipe, one: Output, method: methods.Method) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def parameters(recipe: Recipe, one: Output, method: methods.Method) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Parameters of the merge and of each input, for one tensor."""
     wider = (one.part.parameters, *recipe.settings)
     shared = {name: value(default, wider, name, one.name, one.t) for name, default in method.shared.items()}

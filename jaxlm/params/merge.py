@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import tree
+from jaxlm.params import axes
 from jaxlm.types import Array, Tree
 
 Values = Mapping[str, Any]
@@ -247,28 +248,23 @@ def merge_trees(method: str, trees: Sequence[Tree], base: int | None, shared: Va
     def leaf(path: str, first: Array, *rest: Array) -> Array:
         tensors = [jnp.asarray(x) for x in (first, *rest)]
         mine = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return _in_parts(method, tensors, base, dict(shared) | {"key": mine}, each, _axes_in_front(path, first.ndim))
+        front = first.ndim - roles[path].rank
+        return _in_parts(method, tensors, base, dict(shared) | {"key": mine}, each, front)
 
+    roles = axes.roles(trees[0])
     return tree.map_with_path(leaf, trees[0], *trees[1:])
 
 
 def _in_parts(
-    method: str, tensors: Sequence[Array], base: int | None, shared: Values, each: Sequence[Values], axes: int
+    method: str, tensors: Sequence[Array], base: int | None, shared: Values, each: Sequence[Values], front: int
 ) -> Array:
-    if not axes:
+    if front <= 0:
         return merge(method, tensors, base, shared, each)
     rows = []
     for i in range(tensors[0].shape[0]):
         mine = dict(shared) | {"key": jax.random.fold_in(shared["key"], i)}
-        rows.append(_in_parts(method, [x[i] for x in tensors], base, mine, each, axes - 1))
+        rows.append(_in_parts(method, [x[i] for x in tensors], base, mine, each, front - 1))
     return jnp.stack(rows)
-
-
-def _axes_in_front(path: str, rank: int) -> int:
-    """Layers, and experts in them: a kernel is a matrix."""
-    if not path.startswith("layers/"):
-        return 0
-    return rank - 2 if path.endswith("/kernel") else 1
 
 
 def _filled(method: str, known: Values, given: Values) -> dict[str, Any]:
