@@ -72,6 +72,23 @@ def step_bytes(cfg: ModelConfig, params: Tree, mesh: Mesh, shape: Shape) -> dict
     return {kind: size for kind, size in found.items() if size}
 
 
+def exchange_bytes(cfg: ModelConfig, mesh: Mesh, shape: Shape) -> int:
+    """Bytes of all-to-all in one step of a mixture of experts that is not computed again backward.
+
+    In each layer rows go to their experts and come back, and so do their gradients: four buffers with room for the most
+    that can be sent, `min(k, E / parts)` rows of each token to each of the parts. With them go the counts by expert.
+    """
+    moe, parts = cfg.moe, mesh.shape["expert"]
+    if moe is None or parts == 1:
+        return 0
+    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    tokens = shape.batch_size // rows * shape.length // mesh.shape["context"]
+    own = moe.experts // parts
+    buffer = parts * tokens * min(moe.top_k, own) * cfg.D * shape.width
+    layers = len(set(range(cfg.N)) - set(moe.dense_layers))
+    return layers * (4 * buffer + moe.experts * 4)
+
+
 def _pairs(params: Tree, mesh: Mesh) -> dict[str, tuple]:
     placed = trees.leaves(rules.shardings(params, mesh))
     return {path: (leaf, placed[path]) for path, leaf in trees.leaves(params).items()}
