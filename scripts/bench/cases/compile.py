@@ -25,7 +25,7 @@ def compile_step(options: Options, layers: int, cache: str | None) -> dict[str, 
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     shape = dataclasses.replace(shape_of(options), layers=layers)
-    program, state = jaxlm_program(shape, options | {"scan": True})
+    program, state, _ = jaxlm_program(shape, options | {"scan": True})
     from jaxlm import config as configs
 
     settings = configs.build({"data": {"sequence_length": shape.length}, "train": {"batch_size": shape.rows}})

@@ -25,7 +25,7 @@ def jaxlm(options: Options) -> dict[str, Any]:
     from jaxlm.training.step import train_step
 
     shape = shape_of(options)
-    program, state = jaxlm_program(shape, options)
+    program, state, _ = jaxlm_program(shape, options)
     batch = random_batch(shape)
     step = jax.jit(functools.partial(train_step, program.recipe), donate_argnums=0)
     compiled = step.lower(state, {}, batch).compile()
@@ -50,13 +50,15 @@ def jaxlm(options: Options) -> dict[str, Any]:
     }
 
 
-def jaxlm_program(shape: Shape, options: Options):
-    """Program and fresh state of a run of this shape on one device."""
+def jaxlm_program(shape: Shape, options: Options, **sections: Any):
+    """Program, fresh state and frozen trees of a run of this shape on one device; `sections` go into its settings."""
+    import dataclasses
+
     import jax
 
     from jaxlm import config as configs
     from jaxlm.dist import mesh as meshes
-    from jaxlm.training.setup import assemble, start
+    from jaxlm.training.setup import assemble, load_frozen, start
 
     settings = configs.build(
         {
@@ -64,10 +66,13 @@ def jaxlm_program(shape: Shape, options: Options):
             "train": {"batch_size": shape.rows, "dtype": options["dtype"]}
             | {name: options[name] for name in ("remat", "scan", "attention") if name in options},
             "optimizer": {"learning_rate": 1e-3},
+            **sections,
         }
     )
-    program = assemble(settings, jaxlm_config(shape), meshes.make(settings.mesh, jax.devices()[:1]))
-    return program, start(None, program)
+    cfg = dataclasses.replace(jaxlm_config(shape), lora=settings.lora)
+    program = assemble(settings, cfg, meshes.make(settings.mesh, jax.devices()[:1]))
+    frozen = load_frozen(settings, program)
+    return program, start(None, program, frozen), frozen
 
 
 def torch_like_gpu() -> bool:
