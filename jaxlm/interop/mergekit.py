@@ -125,10 +125,11 @@ class _Reader(yaml.SafeLoader):
     """PyYAML's rules, as in mergekit, but no key twice in one mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key, _ in node.value if keys.count(key.value) > 1), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(problem=f"{twice.value} stands here twice", problem_mark=twice.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands here twice", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
