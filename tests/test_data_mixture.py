@@ -115,3 +115,7 @@ def test_what_is_wrong_with_general_text_is_said_under_its_own_name(paths):
     (paths / "general.txt").write_text("too little")
     with pytest.raises(ValueError, match=r"data\.mixture\.path: .* do not fill one row of 32"):
         opened(paths, 0.2)
+    mixture = DataConfig(path=str(paths / "rows.jsonl"), mixture=MixtureConfig())
+    for kind in ("dpo", "kto", "grpo"):
+        with pytest.raises(ValueError, match=rf"data\.mixture: general text cannot .* objective\.kind {kind}"):
+            open_data(mixture, kind=kind)

@@ -52,6 +52,8 @@ class DataConfig:
             value = getattr(self, field)
             if value < 1:
                 raise ValueError(f"data.{field}: {value} is not positive; use a whole number from 1 up")
-        for field in ("path", "validation", "tokenizer", "text_field"):
+        for field in ("path", "validation", "tokenizer", "text_field", "template"):
             if getattr(self, field) == "":
                 raise ValueError(f"data.{field}: empty; leave it out or give a name")
+        if self.mixture is not None and self.mixture.path == "":
+            raise ValueError("data.mixture.path: empty; leave it out or give a name")

@@ -103,6 +103,10 @@ def open_data(
         loaded = load_tokenizer(config.tokenizer)
         tokenizer = loaded if loaded.eos_id is not None else dataclasses.replace(loaded, eos_id=given)
     request = _Request(config, kind, tokenizer, vocab_size, render, reserve)
+    if config.mixture is not None and kind not in RUNNING + SUPERVISED:
+        raise ValueError(
+            f"data.mixture: general text cannot stand among the rows of objective.kind {kind}; leave it out"
+        )
     if kind in PAIRS + LABELLED:
         return _open_pairs(request)
     if kind in PROMPTS:
