@@ -35,6 +35,39 @@ class TopK(NamedTuple):
     log_probs: Array
 
 
+def top_k(hidden_BxLxD: Array, head: Head, k: int, vocabulary: int, temperature: float) -> TopK:
+    """What a cache keeps of a teacher, from its hidden states; the logits exist chunk by chunk.
+
+    Args:
+      hidden_BxLxD, head: of the teacher.
+      k: how many tokens to keep, at most `vocabulary`.
+      vocabulary: ids below this count; those above are padding.
+      temperature: divides the logits.
+
+    Returns:
+      int32 ids, float32 log-probabilities.
+    """
+    layout, split = Layout(head.softcap, head.tied), chunks.row_split(hidden_BxLxD.shape)
+
+    def run(hidden: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
+        count, step, parts = chunks.chunked(chunks.chunk_rows(), (hidden,))
+        cast = kernel.astype(hidden.dtype)
+
+        def one(index: Array) -> tuple[Array, Array]:
+            logits = chunks.logits_of(layout, chunks.take(parts[0], index, step), cast, bias)
+            log_p = jax.nn.log_softmax(logits[..., :vocabulary] / temperature)
+            ids = jax.lax.top_k(log_p, k)[1]
+            return ids, with_tail(log_p, ids)
+
+        found = jax.lax.map(one, jnp.arange(count, dtype=jnp.int32))
+        whole = [jnp.moveaxis(x, 0, 1).reshape(len(hidden), -1, x.shape[-1]) for x in found]
+        return whole[0][:, : hidden.shape[1]], whole[1][:, : hidden.shape[1]]
+
+    hidden = chunks.group(hidden_BxLxD, split)
+    ids, log_probs = chunks.over_groups(run, split)(hidden, *chunks.head_copies(head, split))
+    return TopK(chunks.ungroup(ids, split), chunks.ungroup(log_probs, split))
+
+
 class Form(NamedTuple):
     """Static settings: weight of the divergence, the divergence, the student's and the teacher's head."""
 

@@ -17,6 +17,7 @@ from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place
 from jaxlm.interop.load import load_config
 from jaxlm.nn.config import ModelConfig
+from jaxlm.objectives.distill import COLUMNS
 from jaxlm.objectives.completions import reward_column
 from jaxlm.optim.effective import Row, effective
 from jaxlm.training import setup, throughput
@@ -141,6 +142,10 @@ def abstract_batch(config: "RunConfig", program: Program) -> Batch:
     batch = {name: abstract(dtype) for name, dtype in names.items()}
     if config.objective.kind in LABELLED:
         batch["label"] = jax.ShapeDtypeStruct(shape[:1], "float32", sharding=sharding)
+    if getattr(config.objective, "cache", None) is not None:
+        k = config.objective.top_k  # type: ignore[attr-defined]
+        for name, dtype, width in zip(COLUMNS, ("uint16", "float16"), (k, k + 1), strict=True):
+            batch[name] = jax.ShapeDtypeStruct((*shape, width), dtype, sharding=place.batch_sharding(program.mesh, 3))
     if config.objective.kind in PROMPTS:
         entries = range(len(getattr(config.objective, "rewards", ())))
         flat = jax.ShapeDtypeStruct(shape[:1], "float32", sharding=place.batch_sharding(program.mesh, 1))
