@@ -14,7 +14,7 @@ from jaxlm.data.loader import prefetch
 from jaxlm.dist import multihost
 from jaxlm.objectives.forward import policy
 from jaxlm.optim import chain
-from jaxlm.training import evaluate, finish, lock, rollout, signals, stopping, teacher, teacher_cache
+from jaxlm.training import evaluate, finish, lock, reference_cache, rollout, signals, stopping, teacher, teacher_cache
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.meta import compare_meta
 from jaxlm.training.plan import check_limit
@@ -63,6 +63,7 @@ def train(config: "RunConfig", scorer: Scorer | None = None) -> int:
         for note in setup.data.notes:
             progress.message(note)
         setup = teacher_cache.taught(setup, progress.message)
+        setup = reference_cache.referred(setup, progress.message)
         return Run(setup, directory, progress, scorer).go(stop)
 
 

@@ -28,7 +28,8 @@ def make(setup: Setup, batches_of: Callable[[Setup, Dataset], Iterator[Batch]]) 
     Besides the objective's loss and metrics, without dropout, there is for pairs how often a model gives the chosen
     completion more probability than the rejected without seeing the prompt: `accuracy_unconditional` of the reference,
     which is what one starts from, and `accuracy_without_prompt` of the trained model. What the accuracy has above the
-    first was learnt; what it has above the second comes from the prompt.
+    first was learnt; what it has above the second comes from the prompt. Where the reference is not there (all of the
+    model is trained, and its log-probabilities were made before), the trained model stands in for it.
 
     Args:
       setup: the run.
