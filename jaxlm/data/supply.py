@@ -278,7 +278,7 @@ def _open_prompts(request: _Request) -> Data:
         texts = lambda: (str(record.fields.get("prompt")) for record in records)  # noqa: E731
         tokenizer = train_tokenizer(sample(texts), request.vocab_size or DEFAULT_VOCABULARY)
     train, cut = read_prompts(records, tokenizer, room)
-    notes = (_nothing_held_out(len(records)),) if not held_out else ()
+    notes: tuple[str, ...] = (_nothing_held_out(len(records)),) if not held_out else ()
     if cut:
         notes += (
             f"data: {cut} of {len(records)} prompts lost their beginning: data.sequence_length {config.sequence_length}"

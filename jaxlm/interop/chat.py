@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ def renderer(*places: str | Path | None, template: str | None = None) -> Callabl
     Raises:
       ValueError: an unknown name; a named template needs an end of text, and the place names none.
     """
-    paths = [path if path.is_dir() else path.parent for path in map(Path, filter(None, places)) if path.exists()]
+    paths = _folders(places)
     if template is None:
         where = next((path for path in map(_directory, paths) if _templates(path)), None)
         return None if where is None else _lazy(lambda: ChatTemplate(where))
@@ -261,9 +261,14 @@ def template_text(*places: str | Path | None, template: str | None = None) -> st
     """The chat template that `renderer` uses, as it would be saved beside a tokenizer; None where there is none."""
     if template is not None:
         return templates.named(template)
-    paths = [path if path.is_dir() else path.parent for path in map(Path, filter(None, places)) if path.exists()]
-    found = (_templates(path) for path in map(_directory, paths))
+    found = (_templates(path) for path in map(_directory, _folders(places)))
     return next((names["default"] for names in found if "default" in names), None)
+
+
+def _folders(places: Iterable[str | Path | None]) -> list[Path]:
+    """The directories that places are, or are files in; what is not there is left out."""
+    paths = [Path(place) for place in places if place]
+    return [path if path.is_dir() else path.parent for path in paths if path.exists()]
 
 
 def _lazy(make: Callable[[], ChatTemplate]) -> Callable[[Messages], tuple[str, Spans]]:

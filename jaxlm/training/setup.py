@@ -224,8 +224,9 @@ def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
             f"model.vocab_size: {size} adds tokens to the {directory.V} of {config.model.path}, and lora leaves the "
             "model itself as it is; add them in a run without lora first"
         )
-    changes = {"rope": rope, "max_length": length, "dropout": config.train.dropout, "lora": config.lora}
-    return dataclasses.replace(directory, **changes, vocab_size=size)
+    dropout, lora = config.train.dropout, config.lora
+    directory = dataclasses.replace(directory, rope=rope, max_length=length, vocab_size=size)
+    return dataclasses.replace(directory, dropout=dropout, lora=lora)
 
 
 def model_config(config: "RunConfig", directory: ModelConfig | None, tokenizer: Tokenizer) -> ModelConfig:
