@@ -14,8 +14,9 @@ from jaxlm.params import axes
 from jaxlm.params.axes import Role
 from jaxlm.types import Array, Tree
 
-MATRIX_RULES = ("muon", "adamw8bit")
-"""Rules for matrices of layers; embeddings, norms, biases, routers, heads and adapters follow AdamW beside them."""
+MATRIX_RULES = {"muon": ("matrix",), "adamw8bit": ("matrix", "lora_a", "lora_b")}
+"""Rules for matrices of layers, and the kinds of leaf that follow them; embeddings, norms, biases, routers and heads
+follow AdamW beside them."""
 
 MUON_RMS = 0.2
 """RMS of an entry of Muon's update, about that of AdamW's, so that both can have one learning rate (2502.16982)."""
@@ -48,7 +49,7 @@ def choices(config: OptimizerConfig, tree: Tree, eps: Tree) -> Tree:
 
     def choose(path: str, leaf: Array, role: Role) -> Choice:
         name = config.name
-        if name in MATRIX_RULES and role.kind != "matrix":
+        if role.kind not in MATRIX_RULES.get(name, (role.kind,)):
             name = "adamw"
         if name == "adafactor":
             return Choice(name, batch=tuple(leaf.shape[: leaf.ndim - role.rank]))

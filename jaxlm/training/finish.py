@@ -21,6 +21,7 @@ from jaxlm.interop.chat import template_text
 from jaxlm.interop.load import model_directory
 from jaxlm.interop.save import save, tokenizer_config
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import outline
 from jaxlm.training import plan
 from jaxlm.training.report import write_report
 from jaxlm.training.samples import Sample
@@ -122,7 +123,7 @@ def _with_base(setup: Setup) -> ModelConfig:
 def summary(run: "Run", status: str) -> Summary:
     """The facts of a run that its configuration and metrics do not hold."""
     setup = run.setup
-    trained, base = tree.count(run.state.params), tree.count(run.frozen.get("params", {}))
+    trained, base = tree.count(run.state.params), tree.count(outline(run.frozen.get("params", {})))
     return Summary(
         name=run.directory.name,
         objective=setup.config.objective.kind,

@@ -17,8 +17,9 @@ from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place
 from jaxlm.interop.load import load_config
 from jaxlm.nn.config import ModelConfig
-from jaxlm.objectives.distill import COLUMNS
+from jaxlm.nn.qtensor import outline
 from jaxlm.objectives.completions import reward_column
+from jaxlm.objectives.distill import COLUMNS
 from jaxlm.optim.effective import Row, effective
 from jaxlm.training import setup, throughput
 from jaxlm.training.memory import GB, Load, Memory, activation_bytes, device_bytes, logits_bytes
@@ -73,17 +74,17 @@ def of_program(config: "RunConfig", program: Program, compiled: bool = False) ->
       config, program: the run, and what it compiles to.
       compiled: as in `make_plan`.
     """
-    trained, frozen = program.abstract.params, program.frozen
+    trained, base = program.abstract.params, outline(program.frozen.get("params", {}))
     count = tree.count(trained)
     length = config.data.sequence_length
     flops = throughput.flops_per_token(program.cfg, length) * step_rows(config) * length
     return Plan(
-        parameters=count + tree.count(frozen.get("params", {})),
+        parameters=count + tree.count(base),
         trainable=count,
         flops=flops,
         memory=memory(config, program),
         compiled=_compiled_bytes(config, program) if compiled else None,
-        rows=effective(config.optimizer, program.cfg, trained, program.plan, frozen.get("params")),
+        rows=effective(config.optimizer, program.cfg, trained, program.plan, base or None),
         attention=setup.attention_backend(config, program.cfg, program.compute),
     )
 
