@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from jaxlm import config as configs
 from jaxlm.data.prompts import PromptRows
@@ -12,8 +13,10 @@ from jaxlm.data.tokenizer import train_tokenizer
 from jaxlm.decode import together
 from jaxlm.decode.sampling import Choice
 from jaxlm.objectives import completions
-from jaxlm.training import answers, rewards, rollout, setup
+from jaxlm.objectives.config import PpoConfig
+from jaxlm.training import answers, penalty, rewards, rollout, setup
 from jaxlm.training.loop import train
+from jaxlm.training.step import Extra
 
 FUNCTION = """
 calls = []
@@ -169,17 +172,24 @@ def test_the_sampler_and_the_training_forward_agree_on_probabilities(ready):
         np.testing.assert_allclose(log_probs[row, there], drawn.samples.log_probs[row, : len(there)], atol=1e-4)
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 2}])
-def test_ppo_runs_with_a_copy_and_with_adapters_for_reference(folder, tmp_path, lora):
-    objective = {"kind": "ppo", "max_new_tokens": NEW, "epochs": 2}
-    directory = tmp_path / "ppo"
-    config = settings(
-        folder, directory, objective, {"steps": 1, "eval_every": 1}, lora=lora, mesh={"data": 4, "tensor": 2}
-    )
-    assert train(config) == 0
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A reward model's directory, of another shape than the policy."""
+    path = tmp_path_factory.mktemp("models") / "judge"
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=270, num_labels=1, pad_token_id=0, **shape)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(path)
+    return path
+
+
+def test_ppo_with_adapters_a_reward_model_and_a_penalty_that_follows(folder, judge, tmp_path):
+    objective = {"kind": "ppo", "max_new_tokens": NEW, "epochs": 2, "kl_target": 6.0}
+    objective |= {"rewards": [f"{folder / 'good.py'}:letters", str(judge)]}
+    directory, steps = tmp_path / "ppo", {"steps": 1, "eval_every": 1}
+    assert train(settings(folder, directory, objective, steps, lora={"r": 2}, mesh={"data": 4, "tensor": 2})) == 0
     first = next(row for row in lines(directory) if "loss" in row)
     names = "objective/kl objective/entropy objective/scores objective/rlhf_reward policy/approxkl_avg"
-    names += " policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio"
+    names += " policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio rewards/judge/mean objective/kl_coef"
     assert set(names.split()) <= set(first)
     assert all(np.isfinite(value) for value in first.values())
     assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4), "nothing has moved from the reference yet"
@@ -198,7 +208,7 @@ def infinite(prompts, completions, **columns): return [float("inf")] * len(promp
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("raises", "bad.py:raises: raised KeyError: 'word'"),
+        ("raises", "bad.py:raises: raised KeyError: 'word' in line 2; "),
         ("short", "bad.py:short: returned 1 rewards for 3 completions"),
         ("words", "bad.py:words: reward 0 is 'good', not a finite number"),
         ("nothing", "bad.py:nothing: returned NoneType, not a list"),
@@ -259,3 +269,16 @@ def test_columns_of_rows_that_differ():
     assert rows.columns_of([0, 0, 1]) == {"x": [1, 1, None], "y": [None, None, 2]}
     assert [int(rows[i]["row"]) for i in (0, 2, -1)] == [0, 2, 2]
     assert rows.spread(2).prompts == ["a", "b"] and rows.spread(5) is rows
+
+
+def test_a_penalty_that_follows_its_target():
+    made = penalty.extra(PpoConfig(kl_coef=0.1, kl_target=6.0, kl_horizon=1000.0, epochs=2), rows=100)
+    state = made.start()
+    for _ in range(2):
+        state, metrics = made.adjust(state, {"objective/kl": jax.numpy.float32(60.0)})
+    assert float(metrics["objective/kl_coef"]) == pytest.approx(0.1 * 1.01)
+    assert float(state["kl_coef"]) == pytest.approx(0.1 * 1.01**2)
+    assert penalty.extra(PpoConfig(), 8) is None and penalty.joined([None, None]) is None
+    both = penalty.joined([made, Extra(lambda: {"other": 1}, lambda s, m: (s | {"other": s["other"] + 1}, m))])
+    state, _ = both.adjust(both.start(), {"objective/kl": jax.numpy.float32(6.0)})
+    assert state["other"] == 2 and float(state["kl_coef"]) == pytest.approx(0.1)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class Reward:
                 prompts=list(prompts), completions=list(completions), **{k: list(v) for k, v in columns.items()}
             )
         except Exception as error:
-            raise RuntimeError(f"{self.name}: raised {_said(error)}; mend it, then run again") from error
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
+            where = f" in line {lines[1]}" if len(lines) > 1 else ""
+            raise RuntimeError(f"{self.name}: raised {_said(error)}{where}; mend it, then run again") from error
         try:
             values = list(given)
         except TypeError:

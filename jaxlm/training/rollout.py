@@ -68,7 +68,8 @@ class Roller:
     def length(self) -> int:
         """L of the training rows."""
         multiple = MULTIPLE * self.setup.program.mesh.shape["context"]
-        longest = rows_of(self.setup.data.train).longest + self.objective.max_new_tokens
+        data = (self.setup.data.train, self.setup.data.validation)
+        longest = max(rows_of(part).longest for part in data) + self.objective.max_new_tokens
         return min(-(-longest // multiple) * multiple, self.setup.config.data.sequence_length)
 
     @property
