@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxlm import tree as trees
 from jaxlm.dist import place, rules
-from jaxlm.interop import hf, names, peft_config, safetensors
+from jaxlm.interop import hf, names, peft_config, peft_experts, safetensors
 from jaxlm.interop.directory import write_json
 from jaxlm.interop.names import Part, Target
 from jaxlm.interop.peft_config import CONFIG, WEIGHTS
 from jaxlm.interop.safetensors import Entry, Tensor
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.qtensor import is_qtensor
-from jaxlm.nn.targets import FUSED, Module, modules, resolve, saves
+from jaxlm.nn.targets import FUSED, Module, chosen_modules, covers, modules, resolve, saves, stacked_modules
 from jaxlm.params.lora import init, merge, merged_config, residual
 from jaxlm.types import Tree, Variables
 
@@ -89,12 +89,13 @@ def configure(cfg: ModelConfig, directory: Path) -> ModelConfig:
     settings = peft_config.read(directory)
     cfg = dataclasses.replace(_with_family(cfg), lora=None)
     factors, whole = _read(cfg, directory / WEIGHTS)
-    rest = {name.rpartition(".")[0] for name in whole} - {module.name for module in factors}
+    rest = _owners(whole) - {module.name for module in factors}
     saved = tuple(sorted(given for given in settings.modules_to_save if any(saves(given, name) for name in rest)))
     copies = {"model.embed_tokens", "transformer.wte", "lm_head"}
     saved += tuple(sorted(name for name in rest - copies if not any(saves(given, name) for given in saved)))
-    targets = short_names(modules(cfg), factors)
-    return dataclasses.replace(cfg, lora=dataclasses.replace(settings, targets=targets, modules_to_save=saved))
+    used = {name: _matching(getattr(settings, name), factors) for name in ("rank_pattern", "alpha_pattern")}
+    targets = _short_targets(cfg, factors)
+    return dataclasses.replace(cfg, lora=dataclasses.replace(settings, targets=targets, modules_to_save=saved, **used))
 
 
 def attach(
@@ -146,26 +147,33 @@ def save(directory: Path, cfg: ModelConfig, lora: Tree) -> None:
         raise ValueError("mup: its forward factors fit in no adapter; save the adapter merged, with its base")
     base = _base(_with_family(cfg), directory / WEIGHTS)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.leaves(lora).items()}
-    adapted = [module for module in modules(base.cfg) if f"{module.path}/a" in leaves and _rank(base, module)]
+    adapted = chosen_modules(base.cfg)
     tensors = _written_factors(base, adapted, leaves)
     replaced = _written_replacements(base, leaves)
     owners = {module.name for module in adapted}
     for name, value in replaced.items():
         owner, _, leaf = name.rpartition(".")
         tensors[f"{PREFIX}{owner}{BASE_LAYER if owner in owners else ''}.{leaf}"] = value
-    names_ = {name.rpartition(".")[0] for name in replaced}
+    biases = {name.rpartition(".")[0] for name in replaced} - _owners(replaced)
     written = peft_config.written(
         cfg.lora,
-        short_names(modules(base.cfg), adapted),
-        names_ - owners,
-        bias="lora_only" if names_ & owners else "none",
+        _short_targets(base.cfg, [m for m in adapted if m not in _stacked(base.cfg)]),
+        _owners(replaced) - owners,
+        bias="all" if biases - owners else "lora_only" if biases else "none",
         fan_in_fan_out=base.cfg.family == "gpt2",
         task="SEQ_CLS" if "score" in lora else "CAUSAL_LM",
     )
-    write_json(directory / CONFIG, written)
+    parameters = _short_targets(base.cfg, [m for m in adapted if m in _stacked(base.cfg)])
+    write_json(directory / CONFIG, written | ({"target_parameters": parameters} if parameters else {}))
     safetensors.write(
         directory / WEIGHTS, [Tensor(name, x.dtype, x.shape, lambda x=x: x) for name, x in tensors.items()]
     )
+
+
+def _matching(pattern: Iterable[tuple[str, Any]], adapted: Iterable[Module]) -> tuple[tuple[str, Any], ...]:
+    """The entries of a pattern that match something; what does not has no effect, and PEFT keeps it."""
+    names_ = [module.name for module in adapted]
+    return tuple(pair for pair in pattern if any(covers(pair[0], name) for name in names_))
 
 
 def short_names(known: Iterable[Module], chosen: Iterable[Module]) -> tuple[str, ...]:
@@ -177,6 +185,18 @@ def short_names(known: Iterable[Module], chosen: Iterable[Module]) -> tuple[str,
             owners.setdefault(ending, set()).add(module.name)
     found = {next(ending for ending in _endings(name) if owners[ending] <= wanted) for name in wanted}
     return tuple(sorted(found))
+
+
+def _owners(tensors: Iterable[str]) -> set[str]:
+    """Modules of which more than the bias is there; PEFT trains biases by a setting of their own."""
+    return {owner for owner, _, leaf in (name.rpartition(".") for name in tensors) if leaf != "bias"}
+
+
+def _short_targets(cfg: ModelConfig, chosen: Iterable[Module]) -> tuple[str, ...]:
+    """`short_names`, stacked experts by names that fit no single expert."""
+    stacked = _stacked(cfg)
+    own, other = [m for m in chosen if m not in stacked], [m for m in chosen if m in stacked]
+    return short_names(modules(cfg), own) + short_names((*modules(cfg), *stacked), other)
 
 
 def _endings(name: str) -> list[str]:
@@ -208,19 +228,31 @@ def _base(cfg: ModelConfig, file: Path) -> Base:
 
 def _rank(base: Base, module: Module) -> int:
     slot = resolve(base.cfg).get(module.path)
-    return 0 if slot is None else int(slot.ranks[module.index])
+    return 0 if slot is None else int(slot.ranks[module.index].max())
 
 
-def _tensor_name(module: Module, kind: str) -> str:
+def _experts(base: Base, module: Module) -> int | None:
+    """Number of experts that a module has in one matrix, or None for a matrix of its own."""
+    return base.shapes[module.path.replace("gate_up", "up") + "/kernel"][1] if module in _stacked(base.cfg) else None
+
+
+def _stacked(cfg: ModelConfig) -> frozenset[Module]:
+    return frozenset(stacked_modules(dataclasses.replace(cfg, lora=None)))
+
+
+def _tensor_name(module: Module, kind: str, adapted: Iterable[Module]) -> str:
+    if module.name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
+        return PREFIX + peft_experts.file_name(module, {other.name for other in adapted}) + LINEAR[kind]
     return PREFIX + module.name + (EMBEDDING if module.path == "embed" else LINEAR)[kind]
 
 
 def _read(cfg: ModelConfig, file: Path) -> tuple[dict[Module, dict[str, Entry]], dict[str, Entry]]:
     """An adapter's tensors by module and kind, and what is kept whole by its name in the base."""
-    known = {module.name: module for module in modules(cfg)}
+    known = {module.name: module for module in (*modules(cfg), *stacked_modules(cfg))}
+    header = safetensors.read_header(file)
     factors: dict[Module, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
-    for full, entry in safetensors.read_header(file).items():
+    for full, entry in header.items():
         name = full.removeprefix(PREFIX)
         if name == full:
             raise ValueError(f"{file}: {full}: does not begin with {PREFIX}, as an adapter's tensors do")
@@ -231,7 +263,8 @@ def _read(cfg: ModelConfig, file: Path) -> tuple[dict[Module, dict[str, Entry]],
             whole[name.replace(f"{BASE_LAYER}.", ".")] = entry
             continue
         owner, kind = name.removesuffix(ending), ENDINGS[ending]
-        module = known.get(owner, known.get(f"model.{owner}"))
+        spellings = (owner, f"model.{owner}", peft_experts.module_name(owner, header, cfg.D))
+        module = next((known[spelling] for spelling in spellings if spelling in known), None)
         table = EMBEDDING if module is not None and module.path == "embed" else LINEAR
         if module is None or not ending.startswith(table[kind]):
             raise ValueError(f"{file}: {full}: the base has no such module; this adapter is for another base")
@@ -247,16 +280,19 @@ def _factors(base: Base, factors: Mapping[Module, Mapping[str, Entry]]) -> dict[
     leaves: dict[str, np.ndarray] = {}
     for module, entries in factors.items():
         slot, rank, (width, out) = slots[module.path], _rank(base, module), base.sides(module.path)
-        shapes = {"a": (rank, width), "b": (out, rank), "magnitude": (out,)}
+        shapes: dict[str, tuple[int, ...]] = {"a": (rank, width), "b": (out, rank), "magnitude": (out,)}
+        experts = _experts(base, module)
         full = {"a": (width, slot.rank), "b": (slot.rank, out), "magnitude": (out,)}
         for kind in sorted({*kinds, *entries}):
-            name = _tensor_name(module, kind)
+            name = _tensor_name(module, kind, factors)
             if kind not in entries:
                 raise ValueError(f"{base.file}: {name}: missing; the file is not whole, or {CONFIG} is of another")
             if kind not in kinds:
                 raise ValueError(f"{base.file}: {name}: unexpected, as {CONFIG} has no use_dora; mend that file")
-            _check_shape(base, name, entries[kind], shapes[kind])
-            value = entries[kind].view().astype(np.float32).T
+            shape = shapes[kind] if experts is None else peft_experts.shapes(kind, experts, shapes[kind])
+            _check_shape(base, name, entries[kind], shape)
+            value = entries[kind].view().astype(np.float32)
+            value = value.T if experts is None else peft_experts.unstacked(kind, value, experts)
             leaf = leaves.setdefault(f"{module.path}/{kind}", np.zeros((*slot.ranks.shape, *full[kind]), np.float32))
             leaf[(*module.index, *(slice(n) for n in value.shape))] = value
     return leaves
@@ -311,11 +347,16 @@ def _placed(lora: Tree, mesh: jax.sharding.Mesh | None) -> Tree:
 def _written_factors(base: Base, adapted: Iterable[Module], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for module in adapted:
-        rank = _rank(base, module)
-        tensors[_tensor_name(module, "a")] = leaves[f"{module.path}/a"][module.index][:, :rank].T
-        tensors[_tensor_name(module, "b")] = leaves[f"{module.path}/b"][module.index][:rank].T
+        rank, experts = _rank(base, module), _experts(base, module)
+        a, b = (leaves[f"{module.path}/{kind}"][module.index] for kind in "ab")
+        for kind, leaf in (("a", a[..., :rank]), ("b", b[..., :rank, :])):
+            value = leaf.T if experts is None else peft_experts.stacked(kind, leaf)
+            tensors[_tensor_name(module, kind, adapted)] = value
         if f"{module.path}/magnitude" in leaves:
-            tensors[_tensor_name(module, "magnitude")] = leaves[f"{module.path}/magnitude"][module.index]
+            if experts is not None:
+                raise ValueError("lora.dora: PEFT has none for experts in one matrix; name each expert's modules")
+            name = _tensor_name(module, "magnitude", adapted)
+            tensors[name] = leaves[f"{module.path}/magnitude"][module.index]
     return tensors
 
 

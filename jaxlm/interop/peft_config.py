@@ -17,6 +17,7 @@ READ = (
 
 SEEN_IN_WEIGHTS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+    "target_parameters",
 )  # fmt: skip
 """Fields that say which modules are adapted, and how they lie in memory: the names of the tensors say the same."""
 

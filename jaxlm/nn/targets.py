@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxlm.nn.walk import kinds, layer_slots
 ATTENTION = (("self_attn.q_proj", "q"), ("self_attn.k_proj", "k"), ("self_attn.v_proj", "v"), ("self_attn.o_proj", "o"))
 MLP = (("mlp.gate_proj", "gate"), ("mlp.up_proj", "up"), ("mlp.down_proj", "down"))
 EXPERTS = tuple((name.replace("mlp.", "mlp.experts.{e}."), ours) for name, ours in MLP)
+SHARED = tuple((name.replace("mlp.", "mlp.shared_experts."), ours) for name, ours in MLP)
 ROUTER = (("mlp.gate", "router"),)
 
 NAMES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
@@ -37,6 +38,9 @@ NAMES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     },
 }
 """Where a family's module names differ from Llama's."""
+
+STACKED = (("mlp.experts.gate_up_proj", "gate_up"), ("mlp.experts.down_proj", "down"))
+"""Newer transformers keep the experts of a layer in two parameters, whatever the family; PEFT adapts these by name."""
 
 LLAMA: dict[str, tuple[tuple[str, str], ...]] = {
     "top": (("model.embed_tokens", "embed"), ("lm_head", "unembed")),
@@ -91,23 +95,36 @@ class Slot(NamedTuple):
 @functools.cache
 def modules(cfg: ModelConfig) -> tuple[Module, ...]:
     """Every matrix of the model that can be adapted, by the names of its family (`cfg.family`, else Llama's)."""
-    names = LLAMA | NAMES.get(
+    table = LLAMA | NAMES.get(
         cfg.family or ("gpt2" if cfg.norm == "layernorm" and cfg.positions == "learned" else ""), {}
     )
-    found = [Module(name, path, ()) for name, path in names["top"]]
+    found = [Module(name, path, ()) for name, path in table["top"]]
     for i, ((stack, place), kind) in enumerate(zip(layer_slots(cfg), kinds(cfg), strict=True)):
-        prefix = names["prefix"][0][0].format(i=i)
-        rows = [(name, f"{stack}/attn/{ours}", None) for name, ours in names["attn"]]
+        prefix = table["prefix"][0][0].format(i=i)
+        rows = [(name, f"{stack}/attn/{ours}", None) for name, ours in table["attn"]]
         if kind.sparse and cfg.moe is not None:
-            rows += [(name, f"{stack}/mlp/{ours}", None) for name, ours in names["router"]]
-            experts = [(name, f"{stack}/mlp/{ours}") for name, ours in names["experts"]]
+            rows += [(name, f"{stack}/mlp/{ours}", None) for name, ours in table["router"]]
+            experts = [(name, f"{stack}/mlp/{ours}") for name, ours in table["experts"]]
             rows += [(name.format(e=e), path, e) for e in range(cfg.moe.experts) for name, path in experts]
+            shared = SHARED if cfg.moe.n_shared_experts else ()
+            rows += [(name, f"{stack}/mlp/shared/{ours}", None) for name, ours in shared]
         else:
-            rows += [(name, f"{stack}/mlp/{ours}", None) for name, ours in names["mlp"]]
+            rows += [(name, f"{stack}/mlp/{ours}", None) for name, ours in table["mlp"]]
         for name, path, e in rows:
             if cfg.gated or not path.endswith("/gate"):
                 found.append(Module(prefix + name, path, (place,) if e is None else (place, e)))
     return tuple(found)
+
+
+@functools.cache
+def stacked_modules(cfg: ModelConfig) -> tuple[Module, ...]:
+    """The matrices of all experts of a layer as one module, gate and up side by side: another way to name them."""
+    prefix = LLAMA["prefix"][0][0]
+    return tuple(
+        Module(prefix.format(i=i) + name, f"{stack}/mlp/{ours}", (place,))
+        for i, ((stack, place), kind) in enumerate(zip(layer_slots(cfg), kinds(cfg), strict=True))
+        for name, ours in (STACKED if kind.sparse and cfg.gated else ())
+    )
 
 
 @functools.cache
@@ -118,22 +135,20 @@ def resolve(cfg: ModelConfig) -> dict[str, Slot]:
 
     Raises:
       ValueError: a target, or a key of a pattern, that matches nothing, with the nearest names; nothing adapted at
-        all; dropout where adapters have none.
+        all.
     """
     lora = cfg.lora
     if lora is None:
         return {}
-    known = modules(cfg)
-    kept = [m for m in known if not any(saves(name, m.name) for name in lora.modules_to_save)]
-    chosen = _chosen(lora, known, kept)
     used: set[str] = set()
     shapes: dict[str, tuple[int, ...]] = {}
-    for m in known:
+    for m in modules(cfg):
         shapes[m.path] = tuple(
             max(n, i + 1) for n, i in zip(shapes.get(m.path, (0,) * len(m.index)), m.index, strict=True)
         )
+    shapes |= {m.path: shapes[m.path.replace("gate_up", "up")] for m in stacked_modules(cfg)}
     slots: dict[str, Slot] = {}
-    for m in chosen:
+    for m in chosen_modules(cfg):
         shape = shapes[m.path]
         slot = slots.setdefault(m.path, Slot(np.zeros(shape, int), np.zeros(shape, np.float32)))
         r = _patterned(lora.rank_pattern, m.name, lora.r, used)
@@ -144,32 +159,45 @@ def resolve(cfg: ModelConfig) -> dict[str, Slot]:
     return slots
 
 
+def names(target: str, module: str) -> bool:
+    """Whether a target names a module: it in full, or its last components."""
+    return module == target or module.endswith(f".{target}")
+
+
+def covers(key: str, name: str) -> bool:
+    """Whether a key of a pattern matches a module's name or its last components, as in PEFT."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
 def saves(name: str, module: str) -> bool:
     """Whether an entry of `modules_to_save` covers a module: it, or one that it lies in, ends in that name."""
     return re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) is not None
 
 
-def _chosen(lora: LoraConfig, known: Iterable[Module], kept: list[Module]) -> list[Module]:
-    if lora.targets == "all-linear":
-        return [m for m in kept if m.index]
+@functools.cache
+def chosen_modules(cfg: ModelConfig) -> tuple[Module, ...]:
+    """The modules that `cfg.lora` adapts: those that its targets name, less those that are kept whole."""
+    lora, known, stacked = cfg.lora, modules(cfg), stacked_modules(cfg)
+    if lora is None:
+        return ()
     chosen: dict[Module, None] = {}
-    for target in lora.targets:
-        # Hugging Face's name first: in a mixture of experts its `gate` is the router.
-        tests: tuple[Callable[[Module], bool], ...] = (
-            lambda m, t=target: m.name == t or m.name.endswith(f".{t}"),
-            lambda m, t=target: m.short == t or m.path == t,
-        )
-        matched: list[Module] = next((found for test in tests if (found := [m for m in known if test(m)])), [])
-        if not matched:
-            raise ValueError(f"lora.targets: {target!r} is no module of this model; {nearest(target, known)}")
-        chosen |= dict.fromkeys(m for m in matched if m in set(kept))
-    return list(chosen)
+    if lora.targets == "all-linear":
+        chosen = dict.fromkeys(m for m in known if m.index)
+    else:
+        for target in lora.targets:
+            # Hugging Face's name first: in a mixture of experts its `gate` is the router.
+            matched = [m for m in known if names(target, m.name)] or [m for m in known if target in (m.short, m.path)]
+            matched = matched or [m for m in stacked if names(target, m.name)]
+            if not matched:
+                raise ValueError(f"lora.targets: {target!r} is no module of this model; {nearest(target, known)}")
+            chosen |= dict.fromkeys(matched)
+    return tuple(m for m in chosen if not any(saves(name, m.name) for name in lora.modules_to_save))
 
 
 def _patterned(pattern: tuple[tuple[str, float], ...], name: str, default: float, used: set[str]) -> float:
     """The value of the first key that matches the name or its last components, as PEFT does it."""
     for key, value in pattern:
-        if re.match(rf"(.*\.)?({key})$", name):
+        if covers(key, name):
             used.add(key)
             return value
     return default
@@ -185,12 +213,6 @@ def _check(cfg: ModelConfig, lora: LoraConfig, slots: dict[str, Slot], used: set
                 )
     if not slots and not lora.modules_to_save:
         raise ValueError("lora.targets: no module is adapted, so the adapter changes nothing; name one, or all-linear")
-    shared = [path for path, slot in slots.items() if slot.ranks.ndim == 2 or path.endswith("/router")]
-    if lora.dropout and shared:
-        raise ValueError(
-            f"lora.dropout: {lora.dropout}, but adapters of experts and routers ({', '.join(shared)}) have none; set "
-            "it to 0 or name other targets"
-        )
 
 
 def nearest(name: str, known: Iterable[Module]) -> str:
