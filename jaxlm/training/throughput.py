@@ -98,21 +98,29 @@ def flops_per_token(cfg: ModelConfig, length: int, training: bool = True) -> flo
     if cfg.lora is None:
         forward = 2.0 * sum(weights.values()) + attention
         return 3 * forward if training else forward
-    adapters = cfg.lora.r * _adapter_width(cfg)
+    adapters = _adapter_weights(cfg)
     if not training:
         return 2.0 * (sum(weights.values()) + adapters) + attention
     return 4.0 * sum(weights.values()) + 6.0 * adapters + 3 * attention
 
 
-def _adapter_width(cfg: ModelConfig) -> int:
-    """Sum over adapted projections and layers of inputs + outputs: an adapter of rank 1 has this many weights."""
-    D, width, kv = cfg.D, cfg.H * cfg.K, cfg.G * cfg.K
-    F = cfg.F if cfg.moe is None else (cfg.moe.d_ff or cfg.F) * cfg.moe.top_k
-    sides = {"q": D + width, "k": D + kv, "v": D + kv, "o": width + D, "up": D + F, "down": F + D}
-    if cfg.gated:
-        sides["gate"] = D + F
-    targets = cfg.lora.targets if cfg.lora is not None else ()
-    return cfg.N * sum(w for name, w in sides.items() if targets == "all-linear" or f"{name}_proj" in targets)
+def _adapter_weights(cfg: ModelConfig) -> float:
+    """Weights of adapters that a token passes: rank times (inputs + outputs), of experts the share that is chosen."""
+    from jaxlm.nn.targets import resolve  # brings Flax, which reports do without
+
+    D, width, kv, moe = cfg.D, cfg.H * cfg.K, cfg.G * cfg.K, cfg.moe
+    experts, expert = (1, cfg.F) if moe is None else (moe.experts, moe.d_ff or cfg.F)
+    sides = {"q": D + width, "k": D + kv, "v": D + kv, "o": width + D, "qkv": D + width + 2 * kv}
+    sides |= {"router": D + experts, "embed": D, "unembed": D + cfg.V}
+    total = 0.0
+    for path, slot in resolve(cfg).items():
+        name, F = path.rpartition("/")[2], cfg.F if path.startswith("dense_layers") else expert
+        if moe is not None and "/shared/" in path:
+            F *= moe.n_shared_experts
+        through = sides | {"gate": D + F, "up": D + F, "down": F + D, "gate_up": D + 2 * F}
+        chosen = moe.top_k / moe.experts if moe is not None and slot.ranks.ndim == 2 else 1.0
+        total += chosen * float(slot.ranks.sum()) * through[name]
+    return total
 
 
 class Meter:
