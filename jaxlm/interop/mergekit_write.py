@@ -32,6 +32,9 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 VOCABULARY = (*EMBEDDINGS, *HEADS, "lm_head.bias", "embed_out.weight")
 """Endings of names of tensors with a row for each token."""
 
+COMPARED = 1 << 20
+"""Entries at a time, where tensors are compared."""
+
 _BEFORE = re.compile(r"(^|\.)(embed\w*(?<!embed_out)|wte|wpe|word_embeddings\w*|tok_embeddings)(\.|$)")
 
 Progress = Callable[[int, int, str], None]
@@ -158,23 +161,19 @@ class Distances:
         """Take in a tensor: what it was made of, and what it became."""
         layer = one.layer if one.layer is not None else self.BEFORE if _is_before(one.name) else self.AFTER
         sums = self.sums.setdefault(layer, {})
-        made = {one.part.sources[i.source].model: x for i, x in zip(one.inputs, tensors, strict=True)}
-        merged = result.astype(np.float32).reshape(-1)
-        sums[self.RESULT, self.RESULT] = sums.get((self.RESULT, self.RESULT), 0.0) + _squared(merged)
-        reference = one.part.base or self.recipe.base
-        first = next(iter(made)) if reference not in made else reference
-        origin = made[first].astype(np.float32).reshape(-1)
-        for model, x in made.items():
-            flat = x.astype(np.float32).reshape(-1)
-            pairs = {(model, self.RESULT): flat - merged, (model, model): flat}
-            if model != first:
-                pairs[model, first] = flat - origin
+        models = [one.part.sources[i.source].model for i in one.inputs]
+        base = one.part.base or self.recipe.base
+        first = models.index(base) if base in models else 0
+        flat = [x.reshape(-1) for x in (*tensors, result)]
+        for start in range(0, flat[0].size, COMPARED):
+            *parts, merged = (x[start : start + COMPARED].astype(np.float32) for x in flat)
+            pairs = {(self.RESULT, self.RESULT): merged}
+            for model, part in zip(models, parts, strict=True):
+                pairs |= {(model, self.RESULT): part - merged, (model, model): part}
+                if model != models[first]:
+                    pairs[model, models[first]] = part - parts[first]
             for pair, difference in pairs.items():
-                sums[pair] = sums.get(pair, 0.0) + _squared(difference)
-
-
-def _squared(x: np.ndarray) -> float:
-    return float(np.dot(x, x))
+                sums[pair] = sums.get(pair, 0.0) + float(np.dot(difference, difference))
 
 
 def _check_kind(parents: Mapping[str, Parent]) -> None:

@@ -182,10 +182,10 @@ def largest(x: Array, count: int | Array, *, last: bool = False) -> Array:
     least = _bisect(lambda value: jnp.sum(bits >= value) >= count, 31)
     equal = bits == least
     missing = count - jnp.sum(bits > least)
-    places = jax.lax.iota(jnp.uint32, bits.size)
-    places = bits.size - 1 - places if last else places
 
     def first(_: None) -> Array:
+        places = jax.lax.iota(jnp.uint32, bits.size)
+        places = bits.size - 1 - places if last else places
         return places < _bisect(lambda place: jnp.sum(equal & (places < place)) <= missing, 32)
 
     chosen = jax.lax.cond(jnp.sum(equal) > missing, first, lambda _: jnp.ones_like(equal), None)
