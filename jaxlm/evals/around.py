@@ -10,7 +10,7 @@ from jaxlm.evals import compare
 from jaxlm.evals.run import Tasks, evaluate_subject, read_tasks
 from jaxlm.evals.subject import Subject, ends
 from jaxlm.interop import peft_config
-from jaxlm.interop.load import model_directory
+from jaxlm.interop.load import load_config, model_directory
 from jaxlm.training import loop
 from jaxlm.training.setup import Setup
 from jaxlm.types import Variables
@@ -34,6 +34,8 @@ def train(config: "RunConfig") -> int:
         raise ValueError(
             "train.tasks: tasks are scored by one process, and this job has several; leave them out and use jaxlm eval"
         )
+    if config.model.path is not None:
+        load_config(config.model.path)  # a missing model is said before tasks are fetched, perhaps over a network
     tasks = read_tasks(config.train.tasks, field="train.tasks")
     return loop.train(config, functools.partial(score, tasks))
 
