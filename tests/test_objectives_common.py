@@ -83,12 +83,34 @@ def valued():
     return model(0) | {"value": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.ones(1)}}
 
 
+def teacher():
+    return {"teacher": model(1)}
+
+
+def projected():
+    kernel = np.random.default_rng(5).normal(size=(CFG.N, CFG.D, CFG.D)) / 4
+    return model(0) | {"projection": {"hidden": {"kernel": jnp.asarray(kernel, jnp.float32)}}}
+
+
+def taught():
+    """Rows with the top of a teacher's distributions."""
+    logits = np.random.default_rng(6).normal(size=(ROWS, LENGTH, CFG.V)).astype("float32")
+    found = jax.lax.top_k(jax.nn.log_softmax(logits), 5)
+    tail = np.log1p(-np.exp(found[0]).sum(-1, keepdims=True))
+    return rows() | {"teacher_ids": np.uint16(found[1]), "teacher_log_probs": np.concatenate([found[0], tail], -1)}
+
+
 DRAWN: Any = {"rewards": ("judge.py:good",), "max_new_tokens": LENGTH, "temperature": 0.8}
 
 
 CASES = {
     "next_token": Case(kinds.NextTokenConfig(z_loss=0.1), rows),
     "sft": Case(kinds.SftConfig(label_smoothing=0.1), rows),
+    "distill": Case(kinds.DistillConfig(loss="jsd"), rows, frozen=teacher),
+    "distill layers": Case(
+        kinds.DistillConfig(hidden_weight=1.0, attention_weight=1.0), rows, params=projected, frozen=teacher
+    ),
+    "distill cached": Case(kinds.DistillConfig(loss="hinton", kd_weight=0.8), taught),
     "dpo": Case(kinds.DpoConfig(beta=0.5), pairs, frozen=reference),
     "dpo ipo": Case(kinds.DpoConfig(loss="ipo", beta=0.5), pairs, frozen=reference),
     "simpo": Case(kinds.SimpoConfig(), pairs),

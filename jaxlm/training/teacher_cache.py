@@ -127,7 +127,7 @@ def read(folder: Path, wanted: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     try:
         ids, log_probs = (np.load(folder / name, mmap_mode="r") for name in FILES)
         fits = ids.shape == (*shape, wanted["top_k"]) and log_probs.shape == (*shape, wanted["top_k"] + 1)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         fits = False
     if not fits:
         raise ValueError(f"objective.cache: {folder}: its arrays are damaged; remove the folder and it is made again")

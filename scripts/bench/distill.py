@@ -1,7 +1,7 @@
 """A student with its teacher and without: validation bits per byte over seeds, size and speed of both models.
 
     jaxlm train configs/quickstart.yaml                 # the teacher
-    python -m scripts.bench.distill [--steps 700] [--seeds 3] [--arms alone distilled] [override ...]
+    python -m scripts.bench.distill [--steps 700] [--seeds 3] [--arm alone] [override ...]
 
 Every arm is `configs/distill.yaml` with a few fields changed and sees the same rows in the same order for the same
 number of steps; arms differ by what they learn from, seeds by the student's start and the order of rows. Writes
@@ -43,12 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arm", action="append", choices=list(ARMS), help="all of them unless given")
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_intermixed_args()
+    arms = options.arm or list(ARMS)
     steps = [] if options.steps is None else [f"train.steps={options.steps}"]
     runs, students = [], {}
-    for arm in options.arms:
+    for arm in arms:
         setups = [opened([*ARMS[arm], *steps, *options.overrides], seed) for seed in range(options.seeds)]
         for seed, (values, students[arm]) in enumerate(map(run, setups)):
             print(arm, seed, values, flush=True)
@@ -56,8 +57,8 @@ def main() -> None:
     cfg, variables = load(setups[0].config.objective.teacher)
     result: dict[str, Any] = {"recipe": RECIPE, "overrides": [*steps, *options.overrides], "runs": runs}
     result["teacher"] = {"bits_per_byte": score(setups[0], cfg, variables)}
-    result["arms"] = {arm: summary(runs, arm) for arm in options.arms}
-    student = (setups[0].program.cfg, students[options.arms[-1]])
+    result["arms"] = {arm: summary(runs, arm) for arm in arms}
+    student = (setups[0].program.cfg, students[arms[-1]])
     result |= compare({"student": student, "teacher": (cfg, variables)})
     text = table(result)
     print(text)
