@@ -17,6 +17,7 @@ from jaxlm import objectives
 from jaxlm.interop.load import load
 from jaxlm.nn import transformer
 from jaxlm.nn.compute import Compute
+from jaxlm.objectives import preference
 from jaxlm.objectives.config import DpoConfig, KtoConfig, OrpoConfig, RewardConfig, SimpoConfig
 
 trl = pytest.importorskip("trl")
@@ -252,3 +253,13 @@ def test_the_reward_model_is_that_of_trl(center, margin):
     metrics = {name: trainer._metrics["eval"][name][0] for name in names}
     mine = measure(RewardConfig(center=center), *ours(model), batch)
     compare(mine, wanted, metrics, gradients(model, wanted))
+
+
+def test_cdpo_is_the_smoothed_sigmoid_of_trl():
+    rng = np.random.default_rng(3)
+    chosen, rejected = (rng.normal(0, 20, 6).astype(np.float32) for _ in range(2))
+    trainer = stub(CPOTrainer, beta=0.2, loss_type="sigmoid", label_smoothing=0.3, alpha=0.0)
+    wanted, *_ = trainer.cpo_loss(torch.from_numpy(chosen), torch.from_numpy(rejected))
+    config = DpoConfig(loss="cdpo", beta=0.2, label_smoothing=0.3)
+    found = preference.LOSSES["cdpo"](config, jnp.asarray(chosen - rejected), jnp.zeros(6))
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=TOLERANCE)

@@ -51,13 +51,18 @@ class RunConfig:
 
     def check_combinations(self) -> None:
         """The part of `validate` that looks at several fields at once."""
-        for section in (self.data, self.train, self.optimizer, self.mesh):
+        for section in (self.data, self.objective, self.train, self.optimizer, self.mesh):
             section.validate()
         self.architecture().validate()
         self._check_base()
         if self.quantize is not None and self.lora is None:
             raise ValueError(
                 f"quantize: {self.quantize} freezes the model, and lora is null; set lora or drop quantize"
+            )
+        if self.objective.kind == "kto" and self.train.batch_size < 2:
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size}, but objective.kind kto matches each completion with the "
+                "prompt of another row; use 2 or more"
             )
         if self.mesh.context > 0 and self.data.sequence_length % self.mesh.context:
             raise ValueError(

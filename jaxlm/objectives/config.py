@@ -23,6 +23,9 @@ class ObjectiveConfig:
 
     kind: str
 
+    def validate(self) -> None:
+        """Raise ValueError, naming the fields, for values that cannot be together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenConfig(ObjectiveConfig):
@@ -106,6 +109,19 @@ class DpoConfig(ObjectiveConfig):
     label_smoothing: Share = 0.0
     reference: Reference | None = None
 
+    def validate(self) -> None:
+        """Raise ValueError, naming the fields, for values that cannot be together."""
+        if self.label_smoothing and self.loss not in ("robust", "cdpo"):
+            raise ValueError(
+                f"objective.label_smoothing: {self.label_smoothing} means nothing to objective.loss {self.loss}; use "
+                "robust or cdpo, or set it to 0"
+            )
+        if self.loss == "robust" and self.label_smoothing >= 0.5:
+            raise ValueError(
+                f"objective.label_smoothing: {self.label_smoothing} of all preferences wrong leaves nothing to learn; "
+                "stay below 0.5"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class SimpoConfig(ObjectiveConfig):
@@ -148,6 +164,14 @@ class KtoConfig(ObjectiveConfig):
     desirable_weight: NotNegative = 1.0
     undesirable_weight: NotNegative = 1.0
     reference: Reference | None = None
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the fields, for values that cannot be together."""
+        if self.reference == "precomputed":
+            raise ValueError(
+                "objective.reference: precomputed, but kto compares pairs with the reference that only a step makes; "
+                "use copy, or adapter-off with lora"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
