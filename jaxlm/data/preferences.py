@@ -18,7 +18,7 @@ Row = dict[str, Any]
 def shuffled_words(split: Split) -> list[Row]:
     """Rows with `prompt` (the function and a heading), `chosen` (the true line) and `rejected` (its words shuffled)."""
     found = []
-    for task in docstring_tasks(split):
+    for task in _tasks(split):
         wrong = _shuffled(task["completion"], task["prompt"])
         if wrong is not None:
             found.append({"prompt": task["prompt"], "chosen": task["completion"], "rejected": wrong})
@@ -28,7 +28,7 @@ def shuffled_words(split: Split) -> list[Row]:
 def other_functions(split: Split) -> list[Row]:
     """The same rows, but `rejected` is the line of another function: the next one of the module that says something
     else, or else the next one of all."""
-    tasks = docstring_tasks(split)
+    tasks = _tasks(split)
     modules = defaultdict(list)
     for task in tasks:
         modules[task["module"]].append(task["completion"])
@@ -49,6 +49,14 @@ def labelled(rows: list[Row]) -> list[Row]:
         for row in rows
         for side in ("chosen", "rejected")
     ]
+
+
+def _tasks(split: Split) -> list[dict[str, str]]:
+    """The tasks of a split; of the held-out ones, those of functions that a module of the other side has a copy of are
+    left out."""
+    tasks = docstring_tasks(split)
+    known = {task["prompt"] for task in docstring_tasks("train")} if split == "validation" else set()
+    return [task for task in tasks if task["prompt"] not in known]
 
 
 def _shuffled(line: str, key: str) -> str | None:
