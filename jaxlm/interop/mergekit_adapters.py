@@ -22,6 +22,7 @@ from jaxlm.interop.mergekit_models import (
     ADAPTER_CONFIG,
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
+    BASE_WEIGHT,
     Parent,
     Stored,
     adapter_scale,
@@ -141,7 +142,7 @@ def _effects(parent: Parent) -> dict[str, tuple[Effect, bool]]:
     for name, a in parent.tensors.items():
         match = _A.fullmatch(name.removeprefix(ADAPTER_PREFIX))
         if match is None:
-            if "lora_" not in name:
+            if "lora_" not in name and not name.endswith(BASE_WEIGHT):
                 raise ValueError(f"{file}: {name}: a whole weight; write model+adapter for each, to merge models")
             continue
         b = parent.tensors.get(name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B"))

@@ -12,6 +12,8 @@ from jaxlm.interop.load import model_directory
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."
+BASE_WEIGHT = ".base_layer.weight"
+"""Ending of the frozen weight that PEFT stores beside the adapter of an embedding."""
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Names of the number of layers in config.json, over all families."""
 
@@ -153,8 +155,8 @@ def _joined(name: str, model: Parent, adapter: Parent) -> Parent:
         path = key.removeprefix(ADAPTER_PREFIX)
         module = re.sub(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)$", "", path)
         weight = path if module == path else f"{module}.weight"
-        if weight.endswith(".base_layer.weight"):
-            continue  # the frozen weight, which PEFT stores beside the adapter of an embedding
+        if path.endswith(BASE_WEIGHT):
+            continue
         if weight not in model.tensors or (module == path and entry.shape != model.tensors[weight].shape):
             raise ValueError(f"{adapter.directory / ADAPTER_WEIGHTS}: {key}: {model.directory} has no weight for it")
         if module == path:
