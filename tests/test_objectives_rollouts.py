@@ -76,7 +76,7 @@ def grpo_config(**changes):
 
 
 def ppo_config(**changes):
-    return PpoConfig(rewards=REWARDS, max_new_tokens=9, temperature=TEMPERATURE, **changes)
+    return PpoConfig(rewards=REWARDS, max_new_tokens=9, temperature=TEMPERATURE, gamma=0.95, kl_coef=0.3, **changes)
 
 
 def log_probs(variables, batch):
@@ -92,17 +92,25 @@ def value_head():
     return {"kernel": jnp.asarray(rng.normal(size=(16, 1)), jnp.float32), "bias": jnp.ones(1)}
 
 
-def prepared(objective, params, frozen, batch):
-    return jax.jit(lambda *args: objective.prepare(apply, *args, None))(params, frozen, batch)
+@functools.cache
+def compiled(config):
+    """`prepare`, and loss with metrics and gradient, of an objective."""
+    objective = objectives.make(config)
 
-
-def losses(objective, params, frozen, batch):
-    """(loss, metrics) and the gradient of one pass over a prepared batch."""
-
-    def loss(params):
+    def loss(params, frozen, batch):
         return objective.loss(apply, params, frozen, batch, objective.weights(batch), None)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    prepare = jax.jit(lambda params, frozen, batch: objective.prepare(apply, params, frozen, batch, None))
+    return prepare, jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def prepared(config, params, frozen, batch):
+    return compiled(config)[0](params, frozen, batch)
+
+
+def losses(config, params, frozen, batch):
+    """(loss, metrics) and the gradient of one pass over a prepared batch."""
+    return compiled(config)[1](params, frozen, batch)
 
 
 class Accelerator(types.SimpleNamespace):
@@ -184,9 +192,8 @@ def test_the_whole_grpo_step_from_models_to_loss(variant):
     """Log-probabilities, advantages and shares, in float64, against what the objective makes of the three models."""
     config, batch = grpo_config(variant=variant, beta=0.2, epochs=2), rollout()
     now, frozen = moved(0.02), {"reference": moved(0.05)}
-    objective = objectives.make(config)
-    ready = prepared(objective, model(0), frozen, batch)
-    (value, metrics), _ = losses(objective, now, frozen, ready)
+    ready = prepared(config, model(0), frozen, batch)
+    (value, metrics), _ = losses(config, now, frozen, ready)
     mask = np.asarray(batch["mask"], np.float64)
     new, old, other = (log_probs(v, batch) for v in (now, model(0), frozen["reference"]))
     each = np.stack([batch["reward_0"], batch["reward_1"]], axis=1).astype(np.float64)
@@ -257,11 +264,11 @@ def reference_ppo(config, batch, new, old, other, values, old_values):
 
 
 def test_the_whole_ppo_step_from_models_to_loss():
-    config, batch = ppo_config(epochs=2, gamma=0.95, kl_coef=0.3), rollout()
-    objective, frozen, head = objectives.make(config), {"reference": moved(0.05)}, value_head()
+    config, batch = ppo_config(epochs=2), rollout()
+    frozen, head = {"reference": moved(0.05)}, value_head()
     old = {**model(0), "value": head}
     now = {**moved(0.02), "value": jax.tree.map(lambda x: 1.1 * x, head)}
-    (value, metrics), slope = losses(objective, now, frozen, prepared(objective, old, frozen, batch))
+    (value, metrics), slope = losses(config, now, frozen, prepared(config, old, frozen, batch))
 
     def values(variables):
         inputs = {name: batch[name] for name in ("positions", "segments")}
@@ -282,17 +289,16 @@ def test_the_first_pass_has_ratio_1_and_no_divergence_from_itself(epochs):
     """Exactly with one pass, which has its old log-probabilities at hand; else as near as two programs come."""
     limit = 0.0 if epochs == 1 else 1e-6
     frozen, batch = {"reference": model(0)}, rollout()
-    objective, params = objectives.make(ppo_config(epochs=epochs)), {**model(0), "value": value_head()}
-    (_, metrics), _ = losses(objective, params, frozen, prepared(objective, params, frozen, batch))
+    config, params = ppo_config(epochs=epochs), {**model(0), "value": value_head()}
+    (_, metrics), _ = losses(config, params, frozen, prepared(config, params, frozen, batch))
     assert abs(float(metrics["val/ratio"]) - 1.0) <= 1e-6  # a mean of ones may round
     assert float(metrics["policy/approxkl_avg"]) <= limit**2
     assert metrics["policy/clipfrac_avg"] == 0.0
     assert abs(float(metrics["objective/kl"])) <= 1e-5
-    objective = objectives.make(grpo_config(epochs=epochs, variant="dapo"))
-    ready = prepared(objective, model(0), {}, batch)
-    (value, metrics), slope = losses(objective, model(0), {}, ready)
-    shares = np.asarray(batch["mask"]) / np.sum(batch["mask"])
-    np.testing.assert_allclose(value, -np.sum(np.asarray(ready["advantages"])[:, None] * shares), atol=1e-6)
+    config = grpo_config(epochs=epochs)
+    ready = prepared(config, model(0), {}, batch)
+    (value, metrics), slope = losses(config, model(0), {}, ready)
+    np.testing.assert_allclose(value, -np.mean(ready["advantages"]), atol=1e-6)
     assert float(metrics["kl"]) <= limit and metrics["clip_ratio/region_mean"] == 0.0
     assert float(optax.tree.norm(slope)) > 1e-3, "the gradient is there although nothing has moved"
 
@@ -302,8 +308,8 @@ def test_what_cannot_be_scored_moves_nothing():
     batch, frozen = rollout(), {"reference": moved(0.05)}
     params = {**model(0), "value": value_head()}
     other = batch | {"targets": batch["targets"].at[1].set(5)}
-    for objective in (objectives.make(ppo_config()), objectives.make(grpo_config())):
-        results = [losses(objective, params, frozen, prepared(objective, params, frozen, b)) for b in (batch, other)]
+    for config in (ppo_config(), grpo_config()):
+        results = [losses(config, params, frozen, prepared(config, params, frozen, b)) for b in (batch, other)]
         (a, _), slope = results[0]
         (b, _), same = results[1]
         np.testing.assert_allclose(a, b, atol=1e-7)
