@@ -53,7 +53,7 @@ def _unstack(cfg: ModelConfig, variables: Variables) -> Variables:
         return x.astype(jnp.float32) if half else x
 
     variables = jax.tree.map(converted, variables)
-    return {name: walk.unstack(cfg, tree) if "layers" in tree else tree for name, tree in variables.items()}
+    return {name: walk.unstack(cfg, tree) for name, tree in variables.items()}
 
 
 def prepare(cfg: ModelConfig, variables: Variables) -> Variables:

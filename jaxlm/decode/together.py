@@ -74,7 +74,7 @@ def _run(
         values = {name: value for name, value in fixed._asdict().items() if name not in ("seed", "stop")}
         constant = {name: jnp.full(tokens.shape[:1], value) for name, value in values.items()}
         settings = settings._replace(**constant)
-    variables = {name: walk.unstack(cfg, tree) if "layers" in tree else tree for name, tree in variables.items()}
+    variables = {name: walk.unstack(cfg, tree) for name, tree in variables.items()}
     state = loop.prefill(cfg, compute, variables, tokens, segments)
     last = tokens.shape[1] + steps
     state = loop.extend(cfg, compute, variables, loop.grow(state, last - 1), settings, jnp.int32(last))

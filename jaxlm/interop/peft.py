@@ -1,6 +1,7 @@
 """PEFT directories: an adapter's tensors to our tree and back, under the names of the base's family."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,9 @@ def configure(cfg: ModelConfig, directory: Path) -> ModelConfig:
     saved = tuple(sorted(given for given in settings.modules_to_save if any(saves(given, name) for name in rest)))
     copies = {"model.embed_tokens", "transformer.wte", "lm_head"}
     saved += tuple(sorted(name for name in rest - copies if not any(saves(given, name) for given in saved)))
-    used = {name: _matching(getattr(settings, name), factors) for name in ("rank_pattern", "alpha_pattern")}
+    used: dict[str, Any] = {
+        name: _matching(getattr(settings, name), factors) for name in ("rank_pattern", "alpha_pattern")
+    }
     targets = _short_targets(cfg, factors)
     return dataclasses.replace(cfg, lora=dataclasses.replace(settings, targets=targets, modules_to_save=saved, **used))
 
@@ -166,7 +169,8 @@ def save(directory: Path, cfg: ModelConfig, lora: Tree) -> None:
     parameters = _short_targets(base.cfg, [m for m in adapted if m in _stacked(base.cfg)])
     write_json(directory / CONFIG, written | ({"target_parameters": parameters} if parameters else {}))
     safetensors.write(
-        directory / WEIGHTS, [Tensor(name, x.dtype, x.shape, lambda x=x: x) for name, x in tensors.items()]
+        directory / WEIGHTS,
+        [Tensor(name, x.dtype, x.shape, functools.partial(np.asarray, x)) for name, x in tensors.items()],
     )
 
 
@@ -294,7 +298,8 @@ def _factors(base: Base, factors: Mapping[Module, Mapping[str, Entry]]) -> dict[
             value = entries[kind].view().astype(np.float32)
             value = value.T if experts is None else peft_experts.unstacked(kind, value, experts)
             leaf = leaves.setdefault(f"{module.path}/{kind}", np.zeros((*slot.ranks.shape, *full[kind]), np.float32))
-            leaf[(*module.index, *(slice(n) for n in value.shape))] = value
+            where: tuple[Any, ...] = (*module.index, *(slice(n) for n in value.shape))
+            leaf[where] = value
     return leaves
 
 

@@ -44,6 +44,8 @@ def attach(cfg: ModelConfig, variables: Variables, rows: Array | None = None) ->
         if path.endswith("router") or path == "unembed":
             kernel = get(params, path)["kernel"]
             params = put(params, path, {"kernel": added(kernel, node)})
+        elif path == "embed" and "magnitude" in node:
+            kept[path] = node | {"factor": dora_factor(get(params, path)["kernel"], node)}
         elif rows is not None:
             # The walk over layers cuts the first axis of every leaf.
             spread = rows if _single(path) else jnp.broadcast_to(rows[None], (node["a"].shape[0], *rows.shape))
@@ -79,14 +81,14 @@ def resolved(cfg: ModelConfig, params: Tree, lora: Tree) -> tuple[Tree, dict[str
     return params, adapters
 
 
-def adapted_rows(x_BxLxD: Array, table_VxD: Array, adapter: Node, tokens_BxL: Array) -> Array:
+def adapted_rows(x_BxLxD: Array, adapter: Node, tokens_BxL: Array) -> Array:
     """Rows looked up in a table, with an attached adapter of the table: `E[t] + A[t] B`, with DoRA times its factor."""
     a, b = adapter["a"], adapter["b"]
     if "rows" in adapter:
         low_BxLxR = a[adapter["rows"][:, None], tokens_BxL]
         return x_BxLxD + jnp.einsum("BLR,BRD->BLD", low_BxLxR, b[adapter["rows"]])
     x_BxLxD = x_BxLxD + look_up(a, tokens_BxL) @ b
-    return x_BxLxD * dora_factor(table_VxD, adapter)[None, None, :] if "magnitude" in adapter else x_BxLxD
+    return x_BxLxD * adapter["factor"][None, None, :] if "factor" in adapter else x_BxLxD
 
 
 def _scaled(cfg: ModelConfig, path: str, node: Node) -> Node:

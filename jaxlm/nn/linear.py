@@ -10,7 +10,7 @@ from jaxlm.nn.config import LoraConfig
 from jaxlm.nn.copies import Fan, columns, rows, whole
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.kernels.matmul import matmul
-from jaxlm.nn.qtensor import QTensor, dequantise, is_qtensor, quantised_param
+from jaxlm.nn.qtensor import QTensor, dequantise, quantised_param
 from jaxlm.types import Array
 
 ADAPTER = ("a", "b", "magnitude", "on", "rows")
@@ -35,7 +35,7 @@ def added(kernel: Array | QTensor, adapter: dict[str, Array]) -> Array:
 
 def dense(kernel: Array | QTensor) -> Array:
     """The values of a kernel, which may be quantised."""
-    return dequantise(kernel) if is_qtensor(kernel) else kernel
+    return dequantise(kernel) if isinstance(kernel, QTensor) else kernel
 
 
 def dora_factor(kernel: Array | QTensor, adapter: dict[str, Array]) -> Array:

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def modules(cfg: ModelConfig) -> tuple[Module, ...]:
     found = [Module(name, path, ()) for name, path in table["top"]]
     for i, ((stack, place), kind) in enumerate(zip(layer_slots(cfg), kinds(cfg), strict=True)):
         prefix = table["prefix"][0][0].format(i=i)
-        rows = [(name, f"{stack}/attn/{ours}", None) for name, ours in table["attn"]]
+        rows: list[tuple[str, str, int | None]] = [(name, f"{stack}/attn/{o}", None) for name, o in table["attn"]]
         if kind.sparse and cfg.moe is not None:
             rows += [(name, f"{stack}/mlp/{ours}", None) for name, ours in table["router"]]
             experts = [(name, f"{stack}/mlp/{ours}") for name, ours in table["experts"]]
@@ -194,8 +194,8 @@ def chosen_modules(cfg: ModelConfig) -> tuple[Module, ...]:
     return tuple(m for m in chosen if not any(saves(name, m.name) for name in lora.modules_to_save))
 
 
-def _patterned(pattern: tuple[tuple[str, float], ...], name: str, default: float, used: set[str]) -> float:
-    """The value of the first key that matches the name or its last components, as PEFT does it."""
+def _patterned(pattern: Any, name: str, default: Any, used: set[str]) -> Any:
+    """The value of the first (key, value) whose key covers the name, as PEFT does it."""
     for key, value in pattern:
         if covers(key, name):
             used.add(key)

@@ -239,7 +239,7 @@ def _embed(
     params = variables["params"]
     x = look_up(params["embed"]["kernel"], tokens)
     if "embed" in variables.get("lora", {}):
-        x = adapted_rows(x, params["embed"]["kernel"], variables["lora"]["embed"], tokens)
+        x = adapted_rows(x, variables["lora"]["embed"], tokens)
     if cfg.positions == "learned":
         where = jnp.broadcast_to(_positions(tokens, positions, cache), tokens.shape)
         x = x + look_up(params["position_embed"]["kernel"], where)
@@ -267,7 +267,8 @@ def _walk(
 def _loop(
     cfg: ModelConfig, variables: Variables, x: Array, context: Context, cache: kv.Cache | None, compute: Compute
 ) -> tuple[Array, list[Tree], kv.Cache | None]:
-    trees = {c: layers.unstack(cfg, tree)["layers"] for c, tree in variables.items() if "layers" in tree}
+    unstacked = {c: layers.unstack(cfg, tree) for c, tree in variables.items()}
+    trees = {c: tree["layers"] for c, tree in unstacked.items() if "layers" in tree}
     ks, vs, aux = [], [], []
     for i, kind in enumerate(layers.kinds(cfg)):
         block = Block(cfg, compute, kind.layer_type, kind.sparse)

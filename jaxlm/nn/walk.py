@@ -69,11 +69,12 @@ def find_plan(sequence: list[Any]) -> Plan:
 
 
 def unstack(cfg: ModelConfig, tree: Tree) -> Tree:
-    """Stacked layers -> a tuple of per-layer trees, in layer order; for decoding, which must not copy weights.
+    """Stacked layers -> a tuple of per-layer trees, in layer order; for decoding, which must not copy weights. A tree
+    without stacked layers stays as it is.
 
     {"embed": e, "layers": {"w": [N, D]}}  ->  {"embed": e, "layers": ({"w": [D]}, ... N times)}
     """
-    if isinstance(tree.get("layers"), tuple):
+    if isinstance(tree.get("layers"), tuple) or not any(name in tree for name in STACKS):
         return tree
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], tree.get(name, {})) for name, i in layer_slots(cfg))
     return {name: leaf for name, leaf in tree.items() if name not in STACKS} | {"layers": layers}
