@@ -218,6 +218,9 @@ def _open_rows(request: _Request) -> Data:
         validation = _examples(request, held_out, tokenizer, [])
     length = config.sequence_length
     rows = [rows_of(part, length, config.packing) for part in (train, validation)]
+    if config.packing and len(rows[0]):
+        filled = rows[0].input_tokens / (len(rows[0]) * length)
+        notes.append(f"data.packing: {len(rows[0].groups)} examples in {len(rows[0])} rows, {filled:.1%} filled")
     data = _data(request, tokenizer, rows[0], rows[1], content)
     return data._replace(notes=(*data.notes, *notes))
 
