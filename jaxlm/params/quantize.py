@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
+from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.qtensor import (
     BLOCK,
     NESTED_BLOCK,
@@ -18,10 +19,15 @@ from jaxlm.nn.qtensor import (
     is_qtensor,
     row_layout,
 )
-from jaxlm.types import Array, Tree
+from jaxlm.nn.transformer import logits
+from jaxlm.params import lora
+from jaxlm.types import Array, Tree, Variables
 
 PROJECTIONS = "(attn/(q|k|v|o)|(mlp|shared)/(gate|up|down))/kernel"
 """The leaves that are quantised: the matrix products of layers. Embedding, head, router and norms stay as they are."""
+
+PROBE = 64
+"""Tokens on which a merged model is compared with its parts."""
 
 GRID = 65535
 """Steps of [-1, 1] to which bitsandbytes rounds a scale before it looks up the nearest 8-bit number."""
@@ -55,6 +61,18 @@ def quantize(params: Tree, kind: str) -> Tree:
     return tree.map_with_path(lambda path, x: quantize_kernel(x, kind) if is_projection(path) else x, params)
 
 
+def refuse_quantised(params: Tree, where: str) -> None:
+    """Refuse parameters that are to be trained themselves and cannot.
+
+    Raises:
+      ValueError: naming `where` they come from.
+    """
+    kinds = sorted({q.kind for q in jax.tree.leaves(params, is_leaf=is_qtensor) if is_qtensor(q)})
+    if kinds:
+        advice = "set lora to train an adapter, or start from the model before it was quantised"
+        raise ValueError(f"{where}: quantised as {', '.join(kinds)}, so it cannot be trained; {advice}")
+
+
 def dequantize(params: Tree) -> Tree:
     """The inverse of `quantize`, up to what quantising lost: every QTensor as an array of its own dtype."""
     return jax.tree.map(lambda x: _dequantise(x) if is_qtensor(x) else x, params, is_leaf=is_qtensor)
@@ -72,6 +90,27 @@ def quantize_kernel(kernel: Array, kind: str) -> QTensor:
     matrices = kernel.reshape(-1, *kernel.shape[-2:])
     found = jax.lax.map(lambda w: quantize_rows(w.T, kind), matrices)
     return jax.tree.map(lambda part: part.reshape(*lead, *part.shape[1:]), found)
+
+
+def merged_with_gap(cfg: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables, str]:
+    """An adapter merged into the dequantised weights of its base, and how far the result is from the two apart.
+
+    The merged weights are rounded to the dtype that the base had, so they differ a little from base and adapter.
+
+    Args:
+      cfg, variables: the model; {"params": tree with QTensors, "lora": tree}.
+
+    Returns:
+      Configuration and variables of the merged model, and the gap in words: the largest and the mean difference of the
+      logits of `PROBE` random tokens, and the deviation of the logits themselves.
+    """
+    params = lora.merge(cfg, variables["params"], variables["lora"])
+    whole = lora.merged_config(cfg, params)
+    tokens = jax.random.randint(jax.random.key(0), (1, min(PROBE, cfg.max_length)), 0, cfg.V)
+    apart, merged = logits(cfg, variables, tokens), logits(whole, {"params": params}, tokens)
+    gap = jnp.abs(apart - merged)
+    words = f"logits of {tokens.size} tokens move by {gap.max():.2g} at most and {gap.mean():.2g} on average"
+    return whole, {"params": params}, f"{words}, their own deviation being {jnp.std(apart):.2g}"
 
 
 def quantize_rows(w_FxD: Array, kind: str) -> QTensor:

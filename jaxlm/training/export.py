@@ -13,11 +13,13 @@ from jaxlm.dist.mesh import MeshConfig
 from jaxlm.interop.load import load, load_config
 from jaxlm.interop.save import save
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.objectives.forward import policy
+from jaxlm.params.quantize import merged_with_gap, quantize
 from jaxlm.training import checkpoint
 from jaxlm.training.frozen import whole
 from jaxlm.training.setup import assemble, model_config
-from jaxlm.types import Variables
+from jaxlm.types import Tree, Variables
 
 if TYPE_CHECKING:
     from jaxlm.config import RunConfig
@@ -38,6 +40,9 @@ def export(run: str | Path, out: str | Path, config: "RunConfig | None", report:
     run = Path(run)
     finished = (run / "config.json").is_file() or (run / "hf" / "config.json").is_file()
     cfg, variables = load(run, "auto") if finished or config is None else latest(run, config, report)
+    if "lora" in variables and any(map(is_qtensor, jax.tree.leaves(variables["params"], is_leaf=is_qtensor))):
+        cfg, variables, gap = merged_with_gap(cfg, variables)
+        report(f"{run}: the adapter goes into the dequantised weights; {gap}")
     folder = next((f for f in (run, run / "hf") if (f / "tokenizer.json").is_file()), None)
     save(out, cfg, variables, tokenizer=folder)
 
@@ -54,5 +59,10 @@ def latest(run: Path, config: "RunConfig", report: Callable[[str], None]) -> tup
     if cfg.lora is None:
         return program.cfg, policy(trained, {})
     path = config.model.path
-    base = jax.jit(program.base)() if path is None else whole(path, "auto", program.mesh)
+    fresh = jax.jit(lambda: _quantised(program.base(), config.quantize))
+    base = fresh() if path is None else whole(path, "auto", program.mesh, config.quantize)
     return program.cfg, policy(trained, {"params": base})
+
+
+def _quantised(params: Tree, kind: str | None) -> Tree:
+    return params if kind is None else quantize(params, kind)

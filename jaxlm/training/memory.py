@@ -7,6 +7,7 @@ import jax
 
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.objectives.chunks import chunk_rows
 from jaxlm.types import Tree
 
@@ -19,7 +20,8 @@ class Memory(NamedTuple):
     Attributes:
       parameters: trained and frozen. moments: of the optimiser. average: moving average of parameters.
       gradients: float32, one copy, and a second while microbatches are added up.
-      activations: what the backward pass keeps of all layers under the remat policy, and one layer at work.
+      activations: what the backward pass keeps of all layers under the remat policy, and one layer at work, with one
+        kernel of it dequantised.
       logits: one chunk of them with its gradient, and the gradient of the head.
     """
 
@@ -55,6 +57,13 @@ def device_bytes(tree: Tree) -> int:
         return math.prod(shape) * leaf.dtype.itemsize
 
     return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def dequantised_bytes(frozen: Tree, compute: Compute, tensor: int = 1) -> int:
+    """Bytes of the largest quantised kernel as a product reads it; one is dequantised at a time."""
+    kernels = [q.matrix for q in jax.tree.leaves(frozen, is_leaf=is_qtensor) if is_qtensor(q)]
+    width = 2 if compute.dtype == "bfloat16" else 4
+    return max((width * math.prod(matrix) // tensor for matrix in kernels), default=0)
 
 
 def activation_bytes(cfg: ModelConfig, compute: Compute, load: Load, tensor: int = 1) -> int:

@@ -22,7 +22,7 @@ from jaxlm.objectives.completions import reward_column
 from jaxlm.objectives.distill import COLUMNS
 from jaxlm.optim.effective import Row, effective
 from jaxlm.training import setup, throughput
-from jaxlm.training.memory import GB, Load, Memory, activation_bytes, device_bytes, logits_bytes
+from jaxlm.training.memory import GB, Load, Memory, activation_bytes, dequantised_bytes, device_bytes, logits_bytes
 from jaxlm.training.setup import Program
 from jaxlm.training.step import train_step
 from jaxlm.types import Batch
@@ -99,12 +99,13 @@ def memory(config: "RunConfig", program: Program) -> Memory:
         positions=config.data.sequence_length // sizes["context"],
     )
     trained = device_bytes(state.params)
+    activations = activation_bytes(cfg, program.compute, load, sizes["tensor"])
     return Memory(
         parameters=trained + device_bytes(program.frozen),
         moments=device_bytes(state.opt_state),
         average=device_bytes(state.ema),
         gradients=trained * (2 if accumulation > 1 else 1),
-        activations=activation_bytes(cfg, program.compute, load, sizes["tensor"]),
+        activations=activations + dequantised_bytes(program.frozen, program.compute, sizes["tensor"]),
         logits=logits_bytes(cfg, load, sizes["tensor"]),
     )
 
