@@ -29,7 +29,9 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.kernels.attention import AttentionMask, choose
 from jaxlm.optim import chain, schedules
 from jaxlm.params import lora as adapters
-from jaxlm.params import mup, vocabulary
+from jaxlm.params import mup
+from jaxlm.params.quantize import refuse_quantised
+from jaxlm.params.upcycle import upcycled_config
 from jaxlm.training import balance, penalty
 from jaxlm.training import frozen as frozen_trees
 from jaxlm.training import teacher as teachers
@@ -192,11 +194,12 @@ def start(path: str | None, program: Program, frozen: Variables | None = None, p
     base = (frozen or {}).get("params", params)
 
     def build(params: Tree) -> State:
-        params = program.base() if params is None else vocabulary.extended(params, program.cfg.V)
+        params = program.base() if params is None else frozen_trees.fitted(program.cfg, params, program.recipe.seed)
         return init_state(program.recipe, program.fresh(params))
 
     if base is None and path is not None:
         base = frozen_trees.whole(path, "float32", program.mesh)
+        refuse_quantised(base, f"model.path: {path}")
     return jax.jit(build, out_shardings=program.shardings)(base)
 
 
@@ -226,6 +229,13 @@ def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
         )
     dropout, lora = config.train.dropout, config.lora
     directory = dataclasses.replace(directory, rope=rope, max_length=length, vocab_size=size)
+    if (moe := config.model.moe) is not None:
+        if lora is not None and directory.moe is None:
+            raise ValueError(
+                f"model.moe: makes experts out of {config.model.path}, which is dense, and lora leaves the model as it "
+                "is; do that in a run without lora first"
+            )
+        directory = dataclasses.replace(directory, moe=moe) if directory.moe else upcycled_config(directory, moe)
     return dataclasses.replace(directory, dropout=dropout, lora=lora)
 
 
@@ -325,5 +335,6 @@ def _fresh(
     key = jax.random.fold_in(jax.random.key(seed), 1)
     name, trained = ("params", params) if cfg.lora is None else ("lora", adapters.init(cfg, key, params))
     own = objective.init({"policy": cfg, **models}, jax.random.fold_in(key, 1))
-    # A new head is a part of the model, unless the directory came with one.
-    return {name: {**own.pop("params", {}), **trained}, **own}
+    # A new head is a part of the model; if the directory came with one, it starts from that.
+    heads = {head: params.get(head, tree) for head, tree in own.pop("params", {}).items()}
+    return {name: {**heads, **trained}, **own}
