@@ -1,12 +1,14 @@
 """Upcycling: the mixture computes what the dense model did, its experts part in training, the rest is refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import config as configs
 from jaxlm import tree
 from jaxlm.interop.load import load
 from jaxlm.interop.save import save
@@ -14,6 +16,7 @@ from jaxlm.nn import transformer
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig, MoEConfig
 from jaxlm.params.upcycle import upcycle, upcycled_config
+from jaxlm.training.loop import train
 
 DENSE = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, vocab_size=31, tie_embeddings=False)
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9)).astype(np.int32)
@@ -111,3 +114,31 @@ def test_parameters_of_another_model_are_refused():
         upcycle(params, DENSE, cfg, jax.random.key(0))
     with pytest.raises(ValueError, match=r"model\.moe: null"):
         upcycle(PARAMS, DENSE, DENSE, jax.random.key(0))
+
+
+def metrics(run):
+    return [json.loads(line) for line in run.joinpath("metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_from_a_dense_one(tmp_path):
+    (tmp_path / "notes.txt").write_text("The quick brown fox jumps over the lazy dog, again and again.\n" * 300)
+    shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24, "vocab_size": 300}
+    raw = {
+        "run": {"dir": str(tmp_path / "dense")},
+        "model": shape,
+        "data": {"path": str(tmp_path / "notes.txt"), "sequence_length": 16},
+        "train": {"steps": 2, "batch_size": 8, "eval_every": 2, "attention": "reference", "prompts": []},
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    moe = {"experts": 4, "top_k": 2}
+    assert train(configs.build(raw)) == 0
+    start = {"path": str(tmp_path / "dense"), "moe": moe}
+    more = raw | {"run": {"dir": str(tmp_path / "moe")}, "model": start}
+    assert train(configs.build(more)) == 0
+    ends, begins = metrics(tmp_path / "dense")[-1], metrics(tmp_path / "moe")[0]
+    assert begins["step"] == 0 and begins["eval/loss"] == pytest.approx(ends["eval/loss"], abs=1e-5)
+    cfg, variables = load(tmp_path / "moe")
+    assert cfg.family == "mixtral" and variables["params"]["layers"]["mlp"]["up"]["kernel"].shape == (2, 4, 16, 24)
+    refused = more | {"lora": {"r": 2}, "run": {"dir": str(tmp_path / "lora")}}
+    with pytest.raises(ValueError, match=r"model\.moe: makes experts out of .*dense.* lora"):
+        train(configs.build(refused))

@@ -1,5 +1,6 @@
 """The trees that a run uses and does not train: the base under adapters, a reference, teachers and reward models."""
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxlm.interop.load import load, load_config, model_directory
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.params import lora, vocabulary
+from jaxlm.params.upcycle import upcycle
 from jaxlm.training.rewards import model_directory_of
 from jaxlm.types import Array, Tree, Variables
 
@@ -120,7 +122,7 @@ def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, f
         elif "params" in found and config.quantize is None:
             found["reference"] = {"params": found["params"]}
         else:
-            found["reference"] = {"params": vocabulary.extended(whole(path, dtype, mesh), cfg.V)}
+            found["reference"] = {"params": fitted(cfg, whole(path, dtype, mesh), config.run.seed)}
     return found
 
 
@@ -140,6 +142,15 @@ def whole(path: str, dtype: str, mesh: Mesh, kind: str | None = None) -> Tree:
         return variables["params"]
     merged = lora.merge(cfg, variables["params"], variables["lora"])
     return merged if kind is None else _quantize(merged, kind)
+
+
+def fitted(cfg: ModelConfig, params: Tree, seed: int) -> Tree:
+    """A directory's parameters as `cfg` asks for them: with rows for more tokens, with experts out of a dense model."""
+    params = vocabulary.extended(params, cfg.V)
+    if cfg.moe is None or "router" in params["layers"]["mlp"]:
+        return params
+    dense = dataclasses.replace(cfg, moe=None, d_ff=cfg.moe.d_ff)
+    return upcycle(params, dense, cfg, jax.random.key(seed))
 
 
 def frozen_dtype(mesh: Mesh) -> str:
