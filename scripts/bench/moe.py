@@ -1,0 +1,240 @@
+"""`python -m scripts.bench.moe PART`: what mixtures of experts cost and gain, beside their dense twins.
+
+cost: a layer and a whole training step of top-2 of 8 and top-8 of 64 over their dense twins of equal active parameters,
+  and over the number of experts; all in one process, in turns.
+peers: the layer of 8 experts beside transformers' Mixtral layer, in each of its implementations.
+balance: largest over mean load from a skewed router, with the auxiliary loss, with the bias, and with neither.
+quality: bits per byte of configs/moe_8x_top2.yaml and its dense twin on the embedded corpus, over seeds.
+"""
+
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from scripts.bench.alternate import surroundings
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+ROOT = pathlib.Path(__file__).parents[2]
+D, TOKENS, LENGTH, WIDTH = 384, 4096, 256, 2048
+"""Width, tokens of a step, positions of a row, and width of the active feed-forward layer: the same for all."""
+
+MIXTURES = {"8 top-2": (8, 2), "64 top-8": (64, 8)}
+FLAT = (4, 8, 16, 32)
+
+
+def turns(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each case, wall and CPU, measured in turns after one call of each."""
+    import jax
+
+    for call in cases.values():
+        jax.block_until_ready(call())
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, call in cases.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    medians = {n: [statistics.median(column) for column in zip(*rows, strict=True)] for n, rows in taken.items()}
+    return {name: {"wall": wall, "cpu": cpu} for name, (wall, cpu) in medians.items()}
+
+
+def shape(experts: int, top_k: int, layers: int = 2) -> Any:
+    """A model whose active feed-forward width is `WIDTH`; dense for no experts."""
+    from jaxlm.nn.config import ModelConfig, MoEConfig
+
+    moe = MoEConfig(experts=experts, top_k=top_k, d_ff=WIDTH // top_k) if experts else None
+    return ModelConfig(d_model=D, n_layers=layers, n_heads=6, d_ff=WIDTH, vocab_size=1024, max_length=LENGTH, moe=moe)
+
+
+def layer(cfg: Any) -> Callable[[], Any]:
+    """Forward and backward of one feed-forward branch, its norm included."""
+    import jax
+
+    from jaxlm.nn.compute import Compute
+    from jaxlm.nn.mlp import Mlp
+    from jaxlm.nn.moe import MoE
+
+    module = Mlp(cfg) if cfg.moe is None else MoE(cfg, Compute())
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy = (jax.random.normal(key, (TOKENS // LENGTH, LENGTH, D)) for key in keys[:2])
+    params = jax.jit(module.init)(keys[2], x)["params"]
+
+    def apply(params: Any, x: Any) -> Any:
+        y = module.apply({"params": params}, x)
+        return y[0] if cfg.moe is not None else y
+
+    def both(params: Any, x: Any, dy: Any) -> Any:
+        y, back = jax.vjp(apply, params, x)
+        return y, back(dy)
+
+    compiled = jax.jit(both).lower(params, x, dy).compile()
+    return lambda: compiled(params, x, dy)
+
+
+def step(cfg: Any) -> Callable[[], Any]:
+    """A whole training step: loss, gradient, clip, AdamW."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.nn import transformer
+    from jaxlm.nn.compute import Compute
+    from jaxlm.objectives.config import NextTokenConfig
+    from jaxlm.objectives.next_token import next_token
+    from jaxlm.optim import chain, schedules
+    from jaxlm.optim.config import OptimizerConfig
+    from jaxlm.training import balance
+    from jaxlm.training.step import Recipe, init_state, train_step
+
+    params, settings = transformer.init(cfg, jax.random.key(0)), OptimizerConfig()
+    recipe = Recipe(
+        objective=next_token(NextTokenConfig()),
+        apply=functools.partial(transformer.apply, cfg, compute=Compute(scan=False)),
+        optimizer=chain.make(settings, cfg, params, 1000),
+        schedule=schedules.make(settings, 1000),
+        extra=balance.extra(cfg),
+    )
+    rows = (TOKENS // LENGTH, LENGTH)
+    tokens = jax.random.randint(jax.random.key(1), rows, 0, cfg.V, jnp.int32)
+    ones = jnp.ones(rows, jnp.int32)
+    batch = {"tokens": tokens, "targets": tokens, "mask": ones.astype(jnp.float32), "segments": ones,
+             "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), rows)}  # fmt: skip
+    held = [init_state(recipe, params)]
+    compiled = jax.jit(functools.partial(train_step, recipe), donate_argnums=0).lower(held[0], {}, batch).compile()
+
+    def call() -> Any:
+        held[0], metrics = compiled(held[0], {}, batch)
+        return metrics["loss"]
+
+    return call
+
+
+def cost(rounds: int) -> dict[str, Any]:
+    """Ratios to the dense twin of layers and steps."""
+    found: dict[str, Any] = {"shape": {"d_model": D, "tokens": TOKENS, "active d_ff": WIDTH}}
+    mixtures = {"dense": (0, 0)} | MIXTURES | {f"{e} top-2": (e, 2) for e in FLAT}
+    for name, make in (("layer", layer), ("step", step)):
+        cases = {case: make(shape(*size)) for case, size in mixtures.items()}
+        times = turns(cases, rounds)
+        found[name] = times
+        found[f"{name} over dense"] = {
+            clock: {case: times[case][clock] / times["dense"][clock] for case in times} for clock in ("wall", "cpu")
+        }
+    return found
+
+
+def peers(rounds: int) -> dict[str, Any]:
+    """transformers' Mixtral layer at the shape of `8 top-2`, forward and backward."""
+    import torch
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    cases: dict[str, Callable[[], Any]] = {"jaxlm": layer(shape(8, 2))}
+    for implementation in ("eager", "grouped_mm"):
+        config = MixtralConfig(hidden_size=D, intermediate_size=WIDTH // 2, num_local_experts=8, num_experts_per_tok=2)
+        config._experts_implementation = implementation
+        block = MixtralSparseMoeBlock(config)
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        x, dy = (torch.randn(TOKENS // LENGTH, LENGTH, D) for _ in range(2))
+        x.requires_grad_()
+
+        def call(block: Any = block, x: Any = x, dy: Any = dy) -> Any:
+            block.zero_grad(set_to_none=True)
+            x.grad = None
+            y = block(x)
+            (y[0] if isinstance(y, tuple) else y).backward(dy)
+            return 0
+
+        cases[f"transformers {implementation}"] = call
+    times = turns(cases, rounds)
+    return {"layer": times} | {
+        f"transformers over jaxlm, {clock}": {n: t[clock] / times["jaxlm"][clock] for n, t in times.items()}
+        for clock in ("wall", "cpu")
+    }
+
+
+def skewed(balance_: str, steps: int) -> list[float]:
+    """`moe/load_max` by step, from a router that sends nearly everything to two experts."""
+    import jax
+    import numpy as np
+
+    from jaxlm import config as configs
+    from jaxlm.training.setup import global_batch, prepare
+    from jaxlm.training.step import init_state, train_step
+
+    raw = {"run": {"dir": "runs/unused"}, "data": {"sequence_length": 64},
+           "model": {"d_model": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 512,
+                     "moe": {"experts": 8, "top_k": 2, "d_ff": 64, "balance": balance_, "bias_rate": 0.01}},
+           "train": {"steps": steps, "batch_size": 16}}  # fmt: skip
+    setup = prepare(configs.build(raw))
+    program = setup.program
+    params = program.fresh(program.base())
+    router = params["params"]["layers"]["mlp"]["router"]
+    # The mean of the normed inputs is not 0, so that columns along it are preferred by nearly every token.
+    tilt = jax.numpy.asarray(np.linspace(1.0, -1.0, 8), jax.numpy.float32)
+    router["kernel"] = 0.1 * router["kernel"] + 0.0 * tilt
+    mean = jax.random.normal(jax.random.key(3), (64,))
+    router["kernel"] = router["kernel"] + 0.1 * mean[None, :, None] * tilt[None, None, :]
+    params["params"]["embed"]["kernel"] = params["params"]["embed"]["kernel"] + 0.05 * mean[None, :]
+    state = init_state(program.recipe, params)
+    run = jax.jit(functools.partial(train_step, program.recipe), donate_argnums=0)
+    loads = []
+    for index in range(steps):
+        state, metrics = run(state, {}, global_batch(setup.data.train, setup.loader.rows(index), program.mesh))
+        loads.append(float(metrics["moe/load_max"]))
+    return loads
+
+
+def balances(steps: int) -> dict[str, Any]:
+    """The three curves, and where the mean of the last tenth is."""
+    curves = {name: skewed(name, steps) for name in ("aux", "bias", "none")}
+    last = {name: statistics.mean(curve[-max(steps // 10, 1) :]) for name, curve in curves.items()}
+    return {"first": {n: c[0] for n, c in curves.items()}, "last tenth": last,
+            "every tenth step": {n: [round(v, 3) for v in c[:: max(steps // 10, 1)]] for n, c in curves.items()}}  # fmt: skip
+
+
+def quality(steps: int, seeds: int) -> dict[str, Any]:
+    """Held-out bits per byte of the recipe and of its twin at equal active FLOPs, `seeds` runs of `steps` each."""
+    import tempfile
+
+    from jaxlm import config as configs
+    from jaxlm.training.loop import train
+    from jaxlm.training.metrics import columns, read
+
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("moe_8x_top2", "moe_8x_top2_dense"):
+            for seed in range(seeds):
+                run = f"{folder}/{name}-{seed}"
+                given = [f"run.dir={run}", f"run.seed={seed}", f"train.steps={steps}", f"train.eval_every={steps}"]
+                train(configs.load(str(ROOT / "configs" / f"{name}.yaml"), given))
+                values = columns(read(f"{run}/metrics.jsonl"))["eval/bits_per_byte"]
+                found.setdefault(name, []).append(values[steps])
+    return {"steps": steps, "bits per byte": found, "mean": {n: statistics.mean(v) for n, v in found.items()}}
+
+
+@click.command()
+@click.argument("part", type=click.Choice(["cost", "peers", "balance", "quality"]))
+@click.option("--rounds", default=7, show_default=True, help="Turns of each case.")
+@click.option("--steps", default=300, show_default=True, help="Steps of balance and quality.")
+@click.option("--seeds", default=3, show_default=True, help="Runs of quality.")
+@click.option("--save", is_flag=True, help="Keep the result in scripts/bench/results/.")
+def main(part: str, rounds: int, steps: int, seeds: int, save: bool) -> None:
+    """Measure one part and print it as JSON."""
+    result = {"cost": lambda: cost(rounds), "peers": lambda: peers(rounds), "balance": lambda: balances(steps),
+              "quality": lambda: quality(steps, seeds)}[part]()  # fmt: skip
+    text = json.dumps({"part": part} | result | {"environment": surroundings()}, indent=1)
+    click.echo(text)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"moe_{part}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

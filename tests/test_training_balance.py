@@ -1,0 +1,140 @@
+"""Balance in training: the bias follows the whole batch, is saved, and evens a skewed router as the aux loss does."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm import config as configs
+from jaxlm.nn import transformer
+from jaxlm.nn.compute import Compute
+from jaxlm.nn.config import ModelConfig, MoEConfig
+from jaxlm.objectives.config import NextTokenConfig
+from jaxlm.objectives.next_token import next_token
+from jaxlm.optim import chain, schedules
+from jaxlm.optim.config import OptimizerConfig
+from jaxlm.training import balance
+from jaxlm.training.balance import DEAD_AFTER, PATIENCE, Alarm
+from jaxlm.training.loop import train
+from jaxlm.training.step import Recipe, init_state, train_step
+
+MOE = MoEConfig(experts=4, top_k=1, d_ff=8, aux_weight=0.3, bias_rate=0.02, renormalize=False)
+CFG = ModelConfig(d_model=16, n_layers=1, n_heads=2, d_ff=16, vocab_size=16, max_length=8, moe=MOE)
+
+
+def recipe(cfg, accumulation=1):
+    settings = OptimizerConfig(learning_rate=3e-3, warmup=0.0, weight_decay=0.0)
+    shapes = jax.eval_shape(functools.partial(transformer.init, cfg), jax.random.key(0))
+    return Recipe(
+        objective=next_token(NextTokenConfig()),
+        apply=functools.partial(transformer.apply, cfg, compute=Compute(grouped="ragged")),
+        optimizer=chain.make(settings, cfg, shapes, 1000),
+        schedule=schedules.make(settings, 1000),
+        accumulation=accumulation,
+        extra=balance.extra(cfg),
+    )
+
+
+def batch(step):
+    tokens = np.random.default_rng(step).integers(0, 16, (8, 9)).astype(np.int32)
+    ones = np.ones((8, 8), np.int32)
+    columns = {"tokens": tokens[:, :-1], "targets": tokens[:, :-1], "segments": ones, "mask": ones.astype(np.float32)}
+    return columns | {"positions": np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8))}
+
+
+def skewed(cfg):
+    """Every embedding has a common part, which the router of each layer reads as the first expert."""
+    params = transformer.init(cfg, jax.random.key(0))
+    params["params"]["embed"]["kernel"] += 0.03
+    router = params["params"]["layers"]["mlp"]["router"]
+    router["kernel"] = 0.05 * router["kernel"] + 0.1 * jnp.array([1.0, 0.0, -0.5, -1.0])[None, None, :]
+    return params
+
+
+@functools.cache
+def curve(kind, accumulation=1, steps=100):
+    cfg = dataclasses.replace(CFG, moe=dataclasses.replace(MOE, balance=kind))
+    made = recipe(cfg, accumulation)
+    state, loads = init_state(made, skewed(cfg)), []
+    step = jax.jit(functools.partial(train_step, made))
+    for i in range(steps):
+        state, metrics = step(state, {}, batch(i))
+        loads.append({name: float(value) for name, value in metrics.items()})
+    return loads, state
+
+
+@pytest.mark.parametrize(("kind", "evens"), [("aux", True), ("bias", True), ("none", False)])
+def test_a_skewed_router_is_balanced_by_either_way_and_not_without(kind, evens):
+    loads, _ = curve(kind)
+    assert loads[0]["moe/load_max"] > 3
+    last = np.mean([row["moe/load_max"] for row in loads[-20:]])
+    assert (last <= 1.5) == evens, last
+
+
+def test_the_bias_moves_by_the_load_of_the_whole_batch():
+    rows, state = curve("bias", accumulation=2, steps=1)
+    whole, alone = curve("bias", steps=1)
+    for name in ("moe/load_max", "moe/load_max/0", "moe/load_entropy", "moe/router_entropy", "moe/dead_experts"):
+        assert rows[0][name] == pytest.approx(whole[0][name], rel=1e-5)
+    bias = state.extra["moe_state"]["layers"]["mlp"]["router"]["bias"]
+    np.testing.assert_array_equal(bias, alone.extra["moe_state"]["layers"]["mlp"]["router"]["bias"])
+    made = recipe(dataclasses.replace(CFG, moe=dataclasses.replace(MOE, balance="bias")))
+    output = made.apply(skewed(CFG), batch(0)["tokens"])
+    counts = np.asarray(output.aux["moe/counts"])
+    np.testing.assert_allclose(bias, 0.02 * np.sign(counts.mean(1, keepdims=True) - counts), atol=1e-7)
+    assert "moe_state" not in state.params
+
+
+def test_auxiliary_losses_are_in_the_loss():
+    rows, _ = curve("aux", steps=1)
+    plain, _ = curve("none", steps=1)
+    assert rows[0]["loss"] > plain[0]["loss"] + 0.9 * MOE.aux_weight
+
+
+def test_an_expert_is_dead_after_fifty_steps_without_a_token():
+    extra = balance.extra(CFG)
+    state, dead = extra.start(), []
+    for i in range(DEAD_AFTER + 3):
+        counts = jnp.array([[5.0, 1.0 if i == 1 else 0.0, 1.0, 0.0]])
+        zeros = jnp.zeros(1)
+        metrics = {"moe/counts": counts, "moe/dropped": zeros, "moe/router_entropy": zeros}
+        state, metrics = extra.adjust(state, metrics)
+        dead.append(float(metrics["moe/dead_experts"]))
+    assert dead[:2] == [2.0, 1.0] and dead[DEAD_AFTER] == 1.0 and dead[DEAD_AFTER + 1] == 2.0
+    assert float(metrics["moe/load_max"]) == pytest.approx(4 * 5 / 6)
+
+
+def test_alarms_come_once():
+    alarm, said = Alarm(), []
+    for step in range(1, 2 * PATIENCE + 10):
+        said += alarm.look(step, {"moe/load_max": 3.0, "moe/dead_experts": 1.0 if step > 60 else 0.0})
+    assert len(said) == 2 and "load" in said[0] and "dead" not in said[0] and "1 experts" in said[1]
+    assert alarm.look(1, {"loss": 1.0}) == []
+
+
+def test_a_run_saves_the_bias_and_its_export_chooses_by_it(tmp_path):
+    raw = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 280,
+                  "moe": {"experts": 4, "top_k": 2, "d_ff": 8, "balance": "bias", "bias_rate": 0.05}},
+        "data": {"sequence_length": 16},
+        "train": {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "eval_batches": 1, "prompts": []},
+    }  # fmt: skip
+    assert train(configs.build(raw)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {"moe/load_max", "moe/load_max/0", "moe/dead_experts"} <= rows[1].keys()
+    assert train(configs.build(raw | {"train": raw["train"] | {"steps": 4}})) == 0
+    config = json.loads((tmp_path / "run/hf/config.json").read_text())
+    assert config["architectures"] == ["MixtralForCausalLM"]
+    cfg, variables = jaxlm.load(tmp_path / "run")
+    bias = variables["moe_state"]["layers"]["mlp"]["router"]["bias"]
+    assert bias.shape == (1, 4)
+    # Four steps of 0.05: a resumed run that had lost the first two would end at 0, 0.05 or 0.1.
+    np.testing.assert_allclose(np.asarray(bias) / 0.05 % 1.0 % 0.999, 0.0, atol=2e-3)
+    assert float(jnp.abs(bias).max()) > 0.1
+    assert jaxlm.logits(cfg, variables, [[1, 2, 3]]).shape == (1, 3, cfg.V)
