@@ -31,7 +31,6 @@ from jaxlm.optim import chain, schedules
 from jaxlm.params import lora as adapters
 from jaxlm.params import mup
 from jaxlm.params.quantize import refuse_quantised
-from jaxlm.params.quantize import refuse_quantised
 from jaxlm.params.upcycle import upcycled_config
 from jaxlm.training import balance, penalty
 from jaxlm.training import frozen as frozen_trees
@@ -200,7 +199,6 @@ def start(path: str | None, program: Program, frozen: Variables | None = None, p
 
     if base is None and path is not None:
         base = frozen_trees.whole(path, "float32", program.mesh)
-        refuse_quantised(base, f"model.path: {path}")
         refuse_quantised(base, f"model.path: {path}")
     return jax.jit(build, out_shardings=program.shardings)(base)
 
