@@ -15,7 +15,7 @@ from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.objectives import make
 from jaxlm.objectives.config import DistillConfig, SftConfig
-from jaxlm.objectives.distill_loss import Online, TopK, distillation
+from jaxlm.objectives.distill_loss import Labels, Online, TopK, distillation
 from jaxlm.objectives.divergence import Divergence, with_tail
 from jaxlm.objectives.layer_matching import pairs
 from jaxlm.types import Head
@@ -55,7 +55,7 @@ class Case:
 
         def loss(hidden, kernel):
             head, settings = Head(kernel, softcap=self.softcap, tied=True), (kd_weight, divergence)
-            return distillation(hidden, head, teacher or self.teacher, self.targets, weights, settings)
+            return distillation(hidden, head, teacher or self.teacher, Labels(self.targets, weights, weights), settings)
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(self.hidden, self.kernel)
 

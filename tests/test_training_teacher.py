@@ -14,7 +14,7 @@ from jaxlm.data.tokenizer import train_tokenizer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.objectives.divergence import with_tail
 from jaxlm.params.select import select
-from jaxlm.training import teacher, teacher_cache
+from jaxlm.training import on_policy, rollout, teacher, teacher_cache
 from jaxlm.training.setup import global_batch, load_frozen, prepare, start
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
@@ -143,3 +143,43 @@ def test_a_folder_of_other_things_is_left_alone(places):
     with pytest.raises(ValueError, match="no cache of a teacher"):
         teacher_cache.taught(opened(places, cache=str(folder)), print)
     assert (folder / "thesis.json").exists()
+
+
+def test_what_the_student_goes_on_from():
+    tokens, one = np.arange(10, 18), np.ones(8, np.int32)
+    asked = np.array([0, 0, 1, 1, 1, 0, 0, 0], np.float32)
+    assert on_policy.prompt_of(tokens, one, asked, 8) == [10, 11, 12]
+    assert on_policy.prompt_of(tokens, one, asked, 2) == [11, 12]
+    assert on_policy.prompt_of(tokens, one, np.ones(8, np.float32), 8) == [10, 11, 12, 13]
+    packed = np.array([1, 1, 2, 2, 2, 2, 0, 0], np.int32)
+    assert on_policy.prompt_of(tokens, packed, np.ones(8) * (packed > 0), 8) == [10]
+    assert on_policy.prompt_of(tokens, packed, np.array([0, 0, 0, 1, 1, 0, 0, 0]), 8) == [12, 13]
+    assert len(on_policy.prompt_of(0 * tokens, 0 * one, np.zeros(8), 4)) == 4
+
+
+def test_some_steps_are_on_the_students_own_samples(places):
+    setup = opened(places, on_policy=0.5, kd_weight=0.5)
+    roll, objective = rollout.make(setup), setup.program.recipe.objective
+    with jax.set_mesh(setup.program.mesh):
+        frozen = load_frozen(setup.config, setup.program)
+        params = start(None, setup.program, frozen).params
+        batch = global_batch(setup.data.train, setup.loader.rows(0), setup.program.mesh)
+        rolled = [roll(params, frozen, batch, step) for step in range(4)]
+        again = roll(params, frozen, batch, 3)
+        own = [bool(r["own"].all()) for r in rolled]
+        mine = jax.device_get(rolled[own.index(True)])
+
+        @jax.jit
+        def metrics(batch):
+            batch = objective.prepare(setup.program.recipe.apply, params, frozen, batch, None)
+            return objective.loss(setup.program.recipe.apply, params, frozen, batch, objective.weights(batch), None)
+
+        (loss, found), data = metrics(rolled[own.index(True)]), metrics(rolled[own.index(False)])[1]
+    assert sorted(set(own)) == [False, True]
+    jax.tree.map(np.testing.assert_array_equal, again, rolled[3])
+    assert mine["tokens"].shape == batch["tokens"].shape
+    starts = jax.device_get(batch["tokens"][:, :2])
+    np.testing.assert_array_equal(mine["tokens"][:, :2], starts)
+    assert np.all(mine["mask"].sum(1) >= 1) and np.all(mine["mask"].sum(1) <= 4)
+    assert found["distill/cross_entropy"] == 0.0 and data["distill/cross_entropy"] > 0.0
+    assert loss == pytest.approx(0.5 * float(found["distill/kd"]), rel=1e-6)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlm.objectives import layer_matching
 from jaxlm.objectives.config import DistillConfig
 from jaxlm.objectives.cross_entropy import cross_entropy
-from jaxlm.objectives.distill_loss import Online, TopK, distillation
+from jaxlm.objectives.distill_loss import Labels, Online, TopK, distillation
 from jaxlm.objectives.divergence import Divergence
 from jaxlm.objectives.forward import forward
 from jaxlm.objectives.next_token import token_weights
@@ -27,10 +27,11 @@ COLUMNS = ("teacher_ids", "teacher_log_probs")
 def distill(config: DistillConfig) -> Objective:
     """The objective of a student.
 
-    The batch has the columns of `jaxlm.types.Batch`, or also those of a cache (`COLUMNS`). Without a cache
-    `frozen["teacher"]` holds the teacher's variables, unless nothing asks for it. `prepare` adds columns whose names
-    begin with `teacher_`. Metrics: `supervised_tokens`, `distill/kd` and `distill/cross_entropy` (nats per label),
-    `distill/hidden`, `distill/attention`.
+    The batch has the columns of `jaxlm.types.Batch`, and those of a cache (`COLUMNS`), or `own` [B], 1 where the
+    student wrote the row itself, which then counts in the divergence alone. Without a cache `frozen["teacher"]` holds
+    the teacher's variables, unless nothing asks for it. `prepare` adds columns whose names begin with `teacher_`.
+    Metrics: `supervised_tokens`, `distill/kd` and `distill/cross_entropy` (nats per label), `distill/hidden`,
+    `distill/attention`.
     """
     divergence = Divergence(config.loss, config.temperature, config.beta, config.skew)
     matching = layer_matching.Matching(config.hidden_weight, config.attention_weight)
@@ -55,14 +56,14 @@ def distill(config: DistillConfig) -> Objective:
         student = functools.partial(apply, collect=matching.collect) if matching.collect else apply
         output, auxiliary, metrics = forward(student, params, frozen, batch, weights, key)
         metrics = metrics | {"supervised_tokens": jnp.sum(batch["mask"])}
-        count, rows = weights["tokens"], (batch["targets"], batch["mask"])
+        count, labels = weights["tokens"], labels_of(batch)
         if config.kd_weight:
             teacher = TopK(*(batch[name] for name in COLUMNS)) if cached(batch) else online(apply, frozen, batch)
             settings = (config.kd_weight, divergence)
-            total, sums = distillation(output.hidden, output.head, teacher, *rows, settings)
+            total, sums = distillation(output.hidden, output.head, teacher, labels, settings)
             metrics |= {"distill/kd": sums["kd"] / count}
         else:
-            total, sums = cross_entropy(output.hidden, output.head, *rows)
+            total, sums = cross_entropy(output.hidden, output.head, labels.targets, labels.data)
         metrics |= {"distill/cross_entropy": sums["nll"] / count}
         total = total / count + auxiliary
         if matching.collect:
@@ -72,6 +73,13 @@ def distill(config: DistillConfig) -> Objective:
         return total, metrics
 
     return Objective(prepare, token_weights, loss, matching.init)
+
+
+def labels_of(batch: Batch) -> Labels:
+    """The labels of a batch; in rows that the student wrote itself (`own`) there is no cross-entropy."""
+    mask = batch["mask"]
+    data = mask * (1.0 - batch["own"])[:, None] if "own" in batch else mask
+    return Labels(batch["targets"], mask, data)
 
 
 def needs_teacher(config: DistillConfig) -> bool:

@@ -68,6 +68,20 @@ def top_k(hidden_BxLxD: Array, head: Head, k: int, vocabulary: int, temperature:
     return TopK(chunks.ungroup(ids, split), chunks.ungroup(log_probs, split))
 
 
+class Labels(NamedTuple):
+    """What the student is to say, and how much each position counts.
+
+    Attributes:
+      targets: int32 [B, L]; any value where both weights are 0.
+      weights: float32 [B, L], of the divergence.
+      data: float32 [B, L], of the cross-entropy; it may leave out what the student wrote itself.
+    """
+
+    targets: Array
+    weights: Array
+    data: Array
+
+
 class Form(NamedTuple):
     """Static settings: weight of the divergence, the divergence, the student's and the teacher's head."""
 
@@ -82,8 +96,7 @@ def distillation(
     hidden_BxLxD: Array,
     head: Head,
     teacher: Online | TopK,
-    targets_BxL: Array,
-    weights_BxL: Array,
+    labels: Labels,
     settings: tuple[float, Divergence],
 ) -> tuple[Array, dict[str, Array]]:
     """Weighted sum over positions of `a * divergence + (1 - a) * nll`, for settings (a, divergence).
@@ -95,8 +108,7 @@ def distillation(
     Args:
       hidden_BxLxD, head: of the student.
       teacher: hidden states and head, or the top of its distributions.
-      targets_BxL: int32 [B, L]; any value where the weight is 0.
-      weights_BxL: float32 [B, L].
+      labels: targets and weights.
       settings: the divergence's weight and the divergence.
 
     Returns:
@@ -109,7 +121,8 @@ def distillation(
     kernel, bias = chunks.head_copies(head, split)
     theirs = chunks.head_copies(teacher.head, split) if isinstance(teacher, Online) else None
     rows = (teacher.hidden,) if isinstance(teacher, Online) else tuple(teacher)
-    rows = (hidden_BxLxD, targets_BxL, weights_BxL.astype(jnp.float32), *jax.lax.stop_gradient(rows))
+    counted = (x.astype(jnp.float32) for x in (labels.weights, labels.data))
+    rows = (hidden_BxLxD, labels.targets, *counted, *jax.lax.stop_gradient(rows))
     rows = tuple(chunks.group(x, split) for x in rows)
     run = chunks.over_groups(functools.partial(_loss, form), split)
     loss, sums = run(rows[0], kernel, bias, rows[1:], jax.lax.stop_gradient(theirs) if online else None)
@@ -120,7 +133,7 @@ def distillation(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(form: Form, hidden: Array, kernel: Array, bias: Array | None, rows: tuple[Array, ...], theirs: Any):
-    """(loss, sums [2]) of one group of rows; `rows` are targets, weights and the teacher's."""
+    """(loss, sums [2]) of one group of rows; `rows` are the labels' and the teacher's."""
     count, step, parts = chunks.chunked(form.rows, (hidden, *rows))
     cast = kernel.astype(hidden.dtype)
 
@@ -165,12 +178,12 @@ def _zeros() -> tuple[Array, Array]:
 
 def _chunk_loss(form: Form, logits: Array, rest: list[Array], theirs: Any) -> tuple[Array, Array]:
     """The chunk's loss and its sums [kd, nll], from the student's logits [B, step, V]."""
-    targets, weights, *teacher = rest
+    targets, weights, data, *teacher = rest
     ids = jnp.clip(targets, 0, logits.shape[-1] - 1)[..., None]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), ids, axis=-1)[..., 0]
     log_p, log_q = _both(form, logits, teacher, theirs)
-    kinds = jnp.stack([form.divergence.between(log_p, log_q), nll])
-    sums = jnp.sum(weights[None] * kinds, axis=(1, 2))
+    kd = form.divergence.between(log_p, log_q)
+    sums = jnp.stack([jnp.sum(weights * kd), jnp.sum(data * nll)])
     return form.kd_weight * sums[0] + (1.0 - form.kd_weight) * sums[1], sums
 
 

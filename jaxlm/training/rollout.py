@@ -98,26 +98,28 @@ class Roller:
 
     def batch(self, drawn: Drawn) -> dict[str, np.ndarray]:
         """The columns of a rollout, see `objectives.completions`; prompt and completion stand at the left of a row."""
-        lengths = drawn.samples.lengths
-        shape = (len(drawn.prompts), self.length)
-        tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
-        mask = np.zeros(shape, np.float32)
-        for row, (prompt, ids, new) in enumerate(zip(drawn.prompts, drawn.samples.ids, lengths, strict=True)):
-            end = len(prompt) + int(new)
-            tokens[row, :end] = [*prompt, *ids[:new]]
-            targets[row, : end - 1] = tokens[row, 1:end]
-            segments[row, :end] = 1
-            mask[row, len(prompt) - 1 : end - 1] = 1.0
-        last = drawn.samples.ids[np.arange(shape[0]), np.maximum(lengths - 1, 0)]
+        samples = drawn.samples
+        last = samples.ids[np.arange(len(samples.ids)), np.maximum(samples.lengths - 1, 0)]
         return {
-            "tokens": tokens,
-            "targets": targets,
-            "mask": mask,
-            "segments": segments,
-            "positions": np.arange(shape[1], dtype=np.int32)[None, :] * segments,
+            **completed(drawn.prompts, samples, self.length),
             "ended": np.isin(last, self.ends).astype(np.float32),
             **{reward_column(i): column for i, column in enumerate(drawn.rewards.T)},
         }
+
+
+def completed(prompts: Sequence[list[int]], samples: Samples, length: int) -> dict[str, np.ndarray]:
+    """Prompts with their completions as rows [R, length] of `types.Batch`, the completions their labels."""
+    shape = (len(prompts), length)
+    tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    mask = np.zeros(shape, np.float32)
+    for row, (prompt, ids, new) in enumerate(zip(prompts, samples.ids, samples.lengths, strict=True)):
+        end = len(prompt) + int(new)
+        tokens[row, :end] = [*prompt, *ids[:new]]
+        targets[row, : end - 1] = tokens[row, 1:end]
+        segments[row, :end] = 1
+        mask[row, len(prompt) - 1 : end - 1] = 1.0
+    positions = np.arange(length, dtype=np.int32)[None, :] * segments
+    return {"tokens": tokens, "targets": targets, "mask": mask, "segments": segments, "positions": positions}
 
 
 def make(setup: Setup) -> Callable[[Variables, Variables, Batch, int], Batch] | None:
@@ -126,6 +128,10 @@ def make(setup: Setup) -> Callable[[Variables, Variables, Batch, int], Batch] | 
     Raises:
       ValueError, FileNotFoundError: a reward function that cannot be found.
     """
+    if getattr(setup.config.objective, "on_policy", 0.0):
+        from jaxlm.training import on_policy
+
+        return on_policy.make(setup)
     if setup.config.objective.kind not in PROMPTS:
         return None
     roller, rows = roller_of(setup), rows_of(setup.data.train)
