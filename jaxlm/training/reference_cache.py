@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxlm.data.dataset import Dataset, Rows
 from jaxlm.data.packing import Row
 from jaxlm.data.sources import digest
 from jaxlm.dist import place
+from jaxlm.objectives.config import DpoConfig, Reference
 from jaxlm.objectives.forward import reference
 from jaxlm.objectives.sequences import frozen_log_probs
 from jaxlm.training import frozen
@@ -125,9 +126,9 @@ def _values(
 
 def _model(setup: Setup) -> Variables:
     """The reference itself: the base under adapters, or what training starts from."""
-    config = setup.config
-    kind = "copy" if config.lora is None else "adapter-off"
-    alone = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference=kind))
+    config, objective = setup.config, cast(DpoConfig, setup.config.objective)
+    kind: Reference = "copy" if config.lora is None else "adapter-off"
+    alone = dataclasses.replace(config, objective=dataclasses.replace(objective, reference=kind))
     program = setup.program
     wanted = frozen.abstract(alone, program.cfg, {}, program.mesh)
     return reference({}, frozen.make(alone, program.cfg, wanted, program.mesh, program.base))
