@@ -11,6 +11,7 @@ import safetensors.numpy
 import yaml
 
 from jaxlm.cli import main
+from jaxlm.interop import safetensors as safetensors_io
 from jaxlm.interop.load import load, load_config
 from jaxlm.interop.mergekit import PARAMETERS, make_recipe, read_recipe, unused, value
 from jaxlm.interop.mergekit_models import split
@@ -123,6 +124,19 @@ def copy_with(out, parent, tensors=None, **fields):
         safetensors.numpy.save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config(parent) | fields))
     return out
+
+
+def test_shards_make_no_difference(tmp_path):
+    tensors = weights("parents/left")
+    shutil.copytree("parents/left", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    parts = [safetensors_io.Tensor(name, x.dtype, x.shape, x.copy) for name, x in tensors.items()]
+    safetensors_io.write_directory(tmp_path / "cut", parts, 2000)
+    assert len(list((tmp_path / "cut").glob("model-*"))) == 4
+    for model in ("parents/left", str(tmp_path / "cut")):
+        merge(recipe(models=[{"model": model}, {"model": "parents/right"}]), tmp_path / pathlib.Path(model).name / "m")
+    whole, cut = weights(tmp_path / "left" / "m"), weights(tmp_path / "cut" / "m")
+    assert all(np.array_equal(cut[name], x) for name, x in whole.items())
 
 
 # A setting, the tensor, its place, and the value.

@@ -22,6 +22,7 @@ from jaxlm.interop import safetensors
 from jaxlm.interop.directory import refuse_occupied, replacement, write_json
 from jaxlm.interop.mergekit import Recipe, Slice, value
 from jaxlm.interop.mergekit_models import Parent, Stored, layer_count, open_parent, split
+from jaxlm.interop.mergekit_tokens import Vocabulary, vocabulary
 from jaxlm.interop.safetensors import Tensor
 from jaxlm.interop.save import SHARD_SIZE, TOKENIZER_FILES
 from jaxlm.params import merge as methods
@@ -83,8 +84,6 @@ def merge(recipe: Recipe, out: str | Path, *, seed: int = 0, progress: Progress 
     Raises:
       FileNotFoundError, ValueError: naming the model and the tensor or field at fault.
     """
-    from jaxlm.interop.mergekit_tokens import Vocabulary, vocabulary
-
     out = Path(out)
     refuse_occupied(out)
     names = dict.fromkeys((*recipe.models, recipe.donor))
@@ -109,7 +108,7 @@ def merge(recipe: Recipe, out: str | Path, *, seed: int = 0, progress: Progress 
         config = _config(recipe, parents, outputs, tensors)
         write_json(temporary / "config.json", config | ({"vocab_size": words.size} if words else {}))
         _copy_files(donor.directory, temporary)
-        if isinstance(words, Vocabulary):
+        if words is not None:
             words.write(temporary)
         _set_chat_template(recipe, parents, temporary)
         safetensors.write_directory(temporary, tensors, SHARD_SIZE)
@@ -259,7 +258,7 @@ def _check_fit(one: Output, arranged: bool) -> None:
         raise ValueError(f"{one.inputs[0].name}: shapes differ ({named}){advice}")
 
 
-def _in_order(one: Output, words: Any, recipe: Recipe) -> Output:
+def _in_order(one: Output, words: Vocabulary, recipe: Recipe) -> Output:
     """The output with the rows of all inputs in the order of the result's vocabulary."""
     if not one.name.endswith(VOCABULARY):
         return one
