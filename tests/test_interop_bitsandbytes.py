@@ -1,5 +1,6 @@
 """Quantised weights in files: bitsandbytes' own are read to the bit, and what is written it reads."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from jaxlm import tree
+from jaxlm import cli, tree
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import rules
 from jaxlm.interop import names
@@ -100,6 +101,42 @@ def test_files_of_the_peer_are_read_to_the_bit(kind, tmp_path):
         state = functional.QuantState.from_dict(packed, torch.device("cpu"))
         peer = functional.dequantize_4bit(torch.from_numpy(arrays[name]), state)
     np.testing.assert_array_equal(values, peer.numpy())
+
+
+def test_transformers_and_jaxlm_read_what_the_other_quantised(tmp_path):
+    """Weights, not logits: the peer's products on CPU are of low precision."""
+    transformers = pytest.importorskip("transformers")
+    plain, ours, theirs = (str(tmp_path / name) for name in ("plain", "ours", "theirs"))
+    save(plain, CFG, model(CFG))
+    save(ours, CFG, load(plain, quantize="nf4-double")[1])
+    peer = transformers.AutoModelForCausalLM.from_pretrained(ours)
+    found = load(ours)[1]["params"]
+    for layer, block in enumerate(peer.model.layers):
+        packed = block.self_attn.q_proj.weight
+        rows = dequantise_rows(jax.tree.map(lambda x, i=layer: x[i], found["layers"]["attn"]["q"]["kernel"]))
+        np.testing.assert_array_equal(rows, functional.dequantize_4bit(packed.data, packed.quant_state).numpy())
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).save_pretrained(theirs)
+    cfg, again = load(theirs)
+    assert dataclasses.replace(cfg, bos_token_id=CFG.bos_token_id) == load_config(ours)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dequantize(again["params"]), dequantize(found)
+    )
+
+
+def test_jaxlm_quantize(tmp_path, capsys):
+    save(tmp_path / "m", CFG, model(CFG))
+    (tmp_path / "m" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1, "</s>": 2}}}')
+    assert cli.main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--kind", "nf4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "q") and "MB of weights" in printed.err
+    assert (tmp_path / "q" / "tokenizer.json").is_file()
+    equal(load(tmp_path / "q")[1]["params"], quantize(model(CFG)["params"], "nf4"))
+    assert cli.main(["quantize", str(tmp_path / "q"), str(tmp_path / "r"), "--kind", "int8"]) == 2
+    assert cli.main(["quantize", str(tmp_path / "m"), str(tmp_path / "r"), "--kind", "nf3"]) == 2
+    assert "the known ones are nf4, nf4-double, int8" in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Quantised kernels: bitsandbytes' numbers to the bit, models that compute with them, and what they cost in memory."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,14 @@ from jaxlm.nn.qtensor import (
     scales_of,
 )
 from jaxlm.params import lora
-from jaxlm.params.quantize import dequantize, is_projection, quantize, quantize_kernel
+from jaxlm.params.quantize import (
+    dequantize,
+    is_projection,
+    merged_with_gap,
+    quantize,
+    quantize_kernel,
+    refuse_quantised,
+)
 from jaxlm.training import checkpoint, plan, setup
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -268,6 +276,22 @@ def test_checkpoint_holds_quantised_weights(kind, tmp_path):
     again.close()
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, found.state, state)
+
+
+def test_an_adapter_is_merged_into_the_dequantised_weights():
+    cfg = dataclasses.replace(DENSE, lora=LoraConfig(r=2, targets=("q_proj", "down_proj")))
+    params = params_of(cfg)
+    quantised = quantize(params, "nf4")
+    adapters = jax.tree.map(lambda x: x + 0.1, lora.init(cfg, jax.random.key(1), params))
+    whole, variables, gap = merged_with_gap(cfg, {"params": quantised, "lora": adapters})
+    assert whole.lora is None and not any(map(is_qtensor, jax.tree.leaves(variables, is_leaf=is_qtensor)))
+    expected = dequantize(quantised)["layers"]["attn"]
+    np.testing.assert_array_equal(variables["params"]["layers"]["attn"]["v"]["kernel"], expected["v"]["kernel"])
+    assert jnp.any(variables["params"]["layers"]["attn"]["q"]["kernel"] != expected["q"]["kernel"])
+    assert float(re.search(r"move by (\S+) at most", gap)[1]) < 1e-3
+    with pytest.raises(ValueError, match="here: quantised as nf4, so it cannot be trained; set lora"):
+        refuse_quantised(quantised, "here")
+    refuse_quantised(params, "here")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

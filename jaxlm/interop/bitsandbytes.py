@@ -205,7 +205,7 @@ def forms(
     Raises:
       ValueError: the files are quantised in another way than `kind`.
     """
-    stored: dict[str, set[tuple[str, str] | None]] = {}
+    stored: dict[str, set[tuple[str | None, str] | None]] = {}
     for entry, target in pairs:
         if isinstance(entry, Packed) and kind not in (None, entry.kind):
             raise ValueError(
@@ -321,11 +321,17 @@ def tensors(name: str, target: Target, leaves: Leaves, folds: Leaves) -> list[Te
         if q.nested is not None:
             arrays[f"{name}.nested_absmax"] = ("nested", q.nested.shape)
             fixed[f"{name}.nested_quant_map"] = dynamic_map()
+
+    def part(field: str, shape: tuple[int, ...]) -> np.ndarray:
+        return np.asarray(getattr(make(), field)).reshape(shape)
+
     found = [
-        Tensor(n, np.dtype(getattr(q, field).dtype), shape, lambda f=field, s=shape: getattr(make(), f).reshape(s))
+        Tensor(n, np.dtype(getattr(q, field).dtype), shape, functools.partial(part, field, shape))
         for n, (field, shape) in arrays.items()
     ]
-    return found + [Tensor(n, array.dtype, array.shape, lambda a=array: a) for n, array in fixed.items()]
+    return found + [
+        Tensor(n, array.dtype, array.shape, functools.partial(np.asarray, array)) for n, array in fixed.items()
+    ]
 
 
 def _state(q: QTensor) -> np.ndarray:

@@ -278,7 +278,8 @@ def _store(
     """`buffers[path][index] = piece`, transposed and converted."""
     buffer = buffers[path]
     if isinstance(buffer, np.ndarray):
-        _copy(buffer[(*index, ...)], piece, transpose)
+        entry: Any = (*index, ...)  # a view even where the entry is a scalar
+        _copy(buffer[entry], piece, transpose)
         return
     placed = _put(piece, buffer, len(index), transpose)
     where = tuple(np.int32(i) for i in index)

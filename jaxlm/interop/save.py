@@ -19,6 +19,7 @@ from jaxlm.interop.safetensors import NAMES, Tensor
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.params.lora import merge, merged_config
+from jaxlm.params.quantize import dequantize
 from jaxlm.types import Array, Tree, Variables
 
 SHARD_SIZE = 5_000_000_000
@@ -105,7 +106,7 @@ def _merged(cfg: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variab
         raise ValueError(f"variables: {extra}: only parameters, with or without lora, or lora alone can be saved")
     if "lora" not in variables:
         return cfg, variables
-    params = merge(cfg, variables["params"], variables["lora"])
+    params = dequantize(merge(cfg, variables["params"], variables["lora"]))
     return merged_config(cfg, params), {"params": params}
 
 

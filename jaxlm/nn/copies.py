@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlm.nn.qtensor import QTensor, dequantise, is_qtensor
+from jaxlm.nn.qtensor import QTensor, dequantise
 from jaxlm.types import Array
 
 ROWS = ("data", "fsdp", "expert")
@@ -135,8 +135,9 @@ def _by_part(product: Callable[..., Array], split: Callable[[Array], Array], x_T
     """`product` of each part with its kernel. The kernels, not the activations, come together over `fsdp`."""
 
     def gathered(x_T: Array, w: Array | QTensor) -> Array:
-        w = dequantise(w, x_T.dtype) if is_qtensor(w) else w
-        return jax.vmap(product)(x_T, jax.lax.with_sharding_constraint(split(w), PartitionSpec(TENSOR, None, None)))
+        kernel = dequantise(w, x_T.dtype) if isinstance(w, QTensor) else w
+        parts = jax.lax.with_sharding_constraint(split(kernel), PartitionSpec(TENSOR, None, None))
+        return jax.vmap(product)(x_T, parts)
 
     # The backward pass gathers again instead of keeping the whole kernels of all layers.
     return jax.checkpoint(gathered, policy=jax.checkpoint_policies.nothing_saveable)(x_T, w)

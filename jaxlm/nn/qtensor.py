@@ -183,7 +183,7 @@ def quantised_param(module: nn.Module, init: Callable[..., Array], shape: tuple[
       ValueError: a QTensor of another shape.
     """
     if module.has_variable("params", "kernel"):
-        stored = module.get_variable("params", "kernel")
+        stored: Any = module.get_variable("params", "kernel")
         if is_qtensor(stored):
             if stored.shape != shape:
                 path = "/".join(module.path)

@@ -104,7 +104,7 @@ def merged_with_gap(cfg: ModelConfig, variables: Variables) -> tuple[ModelConfig
       Configuration and variables of the merged model, and the gap in words: the largest and the mean difference of the
       logits of `PROBE` random tokens, and the deviation of the logits themselves.
     """
-    params = lora.merge(cfg, variables["params"], variables["lora"])
+    params = dequantize(lora.merge(cfg, variables["params"], variables["lora"]))
     whole = lora.merged_config(cfg, params)
     tokens = jax.random.randint(jax.random.key(0), (1, min(PROBE, cfg.max_length)), 0, cfg.V)
     apart, merged = logits(cfg, variables, tokens), logits(whole, {"params": params}, tokens)
