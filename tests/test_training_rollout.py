@@ -162,12 +162,17 @@ def test_rollouts_depend_on_weights_seed_and_step_alone(ready):
 def test_the_sampler_and_the_training_forward_agree_on_probabilities(ready):
     made, params, frozen = ready
     roller, rows = rollout.roller_of(made), rollout.rows_of(made.data.train)
-    with jax.set_mesh(made.program.mesh):
-        drawn = roller.draw(rows, list(range(8)), params, frozen, Choice(temperature=0.8, seed=1))
-        batch = jax.tree.map(jax.numpy.asarray, roller.batch(drawn))
+
+    @jax.jit
+    def forward(params, batch):
         output = completions.run(made.program.recipe.apply, params, batch)
-        log_probs = np.asarray(completions.statistics(output, batch["targets"], 0.8)[0])
-    for row in range(8):
+        return completions.statistics(output, batch["targets"], 0.8)[0]
+
+    with jax.set_mesh(made.program.mesh):
+        drawn = roller.draw(rows, list(range(16)), params, frozen, Choice(temperature=0.8, seed=1))
+        batch = roller.batch(drawn)
+        log_probs = np.asarray(forward(params, batch))
+    for row in range(16):
         there = np.flatnonzero(batch["mask"][row])
         np.testing.assert_allclose(log_probs[row, there], drawn.samples.log_probs[row, : len(there)], atol=1e-4)
 
@@ -186,7 +191,9 @@ def test_ppo_with_adapters_a_reward_model_and_a_penalty_that_follows(folder, jud
     objective = {"kind": "ppo", "max_new_tokens": NEW, "epochs": 2, "kl_target": 6.0}
     objective |= {"rewards": [f"{folder / 'good.py'}:letters", str(judge)]}
     directory, steps = tmp_path / "ppo", {"steps": 1, "eval_every": 1}
-    assert train(settings(folder, directory, objective, steps, lora={"r": 2}, mesh={"data": 4, "tensor": 2})) == 0
+    model = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 270}
+    sections = {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}, "model": model, "mesh": {"data": 4, "tensor": 2}}
+    assert train(settings(folder, directory, objective, steps, **sections)) == 0
     first = next(row for row in lines(directory) if "loss" in row)
     names = "objective/kl objective/entropy objective/scores objective/rlhf_reward policy/approxkl_avg"
     names += " policy/clipfrac_avg loss/policy_avg loss/value_avg val/ratio rewards/judge/mean objective/kl_coef"
