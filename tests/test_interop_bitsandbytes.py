@@ -14,7 +14,7 @@ from jaxlm import cli, tree
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import rules
 from jaxlm.interop import names
-from jaxlm.interop.load import load, load_config
+from jaxlm.interop.load import load, load_config, stored_kind
 from jaxlm.interop.save import save
 from jaxlm.nn.config import ModelConfig, MoEConfig
 from jaxlm.nn.qtensor import KINDS, dequantise_rows, is_qtensor
@@ -71,7 +71,8 @@ def quantise_files(directory, kind):
     arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
-    bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": kind == "nf4-double"}
+    bits = {"load_in_8bit": True} if kind == "int8" else four
     config["quantization_config"] = {"quant_method": "bitsandbytes"} | bits
     (directory / "config.json").write_text(json.dumps(config))
     return arrays
@@ -83,6 +84,7 @@ def test_files_of_the_peer_are_read_to_the_bit(kind, tmp_path):
     arrays = quantise_files(tmp_path / "m", kind)
     cfg, variables = load(tmp_path / "m")
     assert cfg == load_config(tmp_path / "m")
+    assert stored_kind(tmp_path / "m") == kind and stored_kind(tmp_path / "nowhere") is None
     leaves = tree.leaves(variables["params"], is_leaf=is_qtensor)
     assert {path for path, leaf in leaves.items() if is_qtensor(leaf)} == set(filter(is_projection, leaves))
     q = leaves["layers/attn/o/kernel"]

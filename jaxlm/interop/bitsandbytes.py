@@ -104,6 +104,16 @@ def without_quantisation(raw: Mapping[str, Any], where: str) -> Mapping[str, Any
     return {name: value for name, value in raw.items() if name != "quantization_config"}
 
 
+def stated_kind(raw: Mapping[str, Any]) -> str | None:
+    """How the weights are quantised by a config.json, as in `qtensor.KINDS`; None where they are not."""
+    found = raw.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return None
+    if found.get("load_in_8bit"):
+        return "int8"
+    return "nf4-double" if found.get("bnb_4bit_use_double_quant") else "nf4"
+
+
 def gathered(entries: Mapping[str, Entry]) -> dict[str, Entry | Packed]:
     """The tensors of a directory with those that make up a quantised weight as one, under the name of the weight.
 

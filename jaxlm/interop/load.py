@@ -98,6 +98,13 @@ def load_config(path: str | Path) -> ModelConfig:
     return _settle_head(cfg, family, entries)
 
 
+def stored_kind(path: str | Path | None) -> str | None:
+    """How the weights of a directory, or of an adapter's base, are quantised; None if not, or if it is not here."""
+    if path is None or not Path(path).is_dir():
+        return None
+    return bitsandbytes.stated_kind(safetensors.read_json(model_directory(peft.locate(path, None)[0]) / "config.json"))
+
+
 def model_directory(path: str | Path) -> Path:
     """The Hugging Face directory that `path` is, or that the run directory `path` holds."""
     path = Path(path)

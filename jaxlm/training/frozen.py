@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import rules
 from jaxlm.interop import peft_config
-from jaxlm.interop.load import load, load_config, model_directory
+from jaxlm.interop.load import load, load_config, model_directory, stored_kind
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.params import lora, vocabulary
@@ -91,8 +91,8 @@ def abstract(config: "RunConfig", cfg: ModelConfig, models: Models, mesh: Mesh) 
     if reference_kind(config) == "copy":
         trees["reference"] = {"params": base}
     if config.lora is not None:
-        if config.quantize is not None:
-            base = jax.eval_shape(functools.partial(_quantize, kind=config.quantize), base)
+        if (kind := config.quantize or stored_kind(config.model.path)) is not None:
+            base = jax.eval_shape(functools.partial(_quantize, kind=kind), base)
         trees["params"] = base
     return {name: _placed(tree, mesh) for name, tree in trees.items()}
 
