@@ -4,6 +4,7 @@ Other families know no such bias. transformers passes over the tensors with a wa
 probabilities alone; what jaxlm reads chooses as it did in training.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def tensors(cfg: ModelConfig, table: Table, bias_NxE: Array | None) -> list[Tens
         return []
     values = np.asarray(place.gather(bias_NxE), np.float32)
     named = _names(cfg, table).items()
-    return [Tensor(name, values.dtype, values.shape[1:], lambda i=i: values[i]) for name, i in named]
+    return [Tensor(name, values.dtype, values.shape[1:], functools.partial(values.__getitem__, i)) for name, i in named]
 
 
 def take(cfg: ModelConfig, table: Table, entries: dict[str, Any]) -> Variables:

@@ -29,9 +29,9 @@ class Dispatch(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """Rows in equal boxes, each with a few experts: `count` boxes of `rows` rows. A box's experts fit into it."""
+    """Rows in equal boxes, each with a few experts: `number` boxes of `rows` rows. A box's experts fit into it."""
 
-    count: int
+    number: int
     rows: int
 
 
@@ -59,9 +59,9 @@ def dispatch(chosen_Txk: Array, experts: int, unit: int = 1, boxes: Boxes | None
         rows = -(-(pairs + min(experts, pairs) * (unit - 1)) // unit) * unit
         start_E = jnp.cumsum(sizes_E) - sizes_E
     else:
-        rows = boxes.count * boxes.rows
-        inside = sizes_E.reshape(boxes.count, -1)
-        start = jnp.cumsum(inside, axis=1) - inside + boxes.rows * jnp.arange(boxes.count)[:, None]
+        rows = boxes.number * boxes.rows
+        inside = sizes_E.reshape(boxes.number, -1)
+        start = jnp.cumsum(inside, axis=1) - inside + boxes.rows * jnp.arange(boxes.number)[:, None]
         start_E = start.reshape(-1)
     own = jnp.minimum(chosen, experts - 1)
     row = jnp.where(chosen < experts, start_E[own] + rank - first_E[own], rows)

@@ -28,7 +28,9 @@ class Experts(nn.Module):
     def __call__(self) -> Projection:
         init = nn.initializers.normal(self.init_scale / math.sqrt(self.shape[1]))
         kernel = quantised_param(self, init, self.shape)
-        adapter = {name: self.get_variable("lora", name) for name in ADAPTER if self.has_variable("lora", name)}
+        adapter: dict[str, Array] = {
+            name: self.get_variable("lora", name) for name in ADAPTER if self.has_variable("lora", name)
+        }
         found: Projection = {"kernel": kernel} | {name: adapter[name] for name in "ab" if name in adapter}
         return found | ({"factor": dora_factor(kernel, adapter)} if "magnitude" in adapter else {})
 

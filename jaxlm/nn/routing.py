@@ -31,8 +31,8 @@ class Router(nn.Module):
             x = x * jax.random.uniform(self.make_rng("dropout"), x.shape, x.dtype, 1 - moe.jitter, 1 + moe.jitter)
         logits = _product(x, kernel)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", name) for name in "ab")
-            logits = logits + _product(_product(x, a), b)
+            adapter: dict[str, Array] = {name: self.get_variable("lora", name) for name in "ab"}
+            logits = logits + _product(_product(x, adapter["a"]), adapter["b"])
         bias = self.get_variable("moe_state", "bias") if self.has_variable("moe_state", "bias") else None
         return logits, bias
 

@@ -5,6 +5,7 @@ of the rows there are, not of rows times groups.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -144,20 +145,23 @@ def _ragged_outer(a: Array, b: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=jnp.float32)
 
 
-def _cover(start: Array, size: Array, limit: int, take, carry):
+def _cover(start: Array, size: Array, limit: int, take: Callable[..., Array], carry: Array) -> Array:
     """`carry = take(carry, first row, rows)` for blocks over rows start..start+size-1; size is a multiple of UNIT."""
-    whole, *rest = [b for b in BLOCKS if b <= max(limit, UNIT)]
-    end = start + size
+    end, state = start + size, (start, carry)
 
-    def step(state, rows: int):
+    def fits(rows: int, state: tuple[Array, Array]) -> Array:
+        return state[0] + rows <= end
+
+    def step(rows: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return state[0] + rows, take(state[1], state[0], rows)
 
-    state = jax.lax.while_loop(lambda s: s[0] + whole <= end, lambda s: step(s, whole), (start, carry))
-    for before, rows in zip([whole, *rest], rest, strict=False):
-        if before // rows > 2:
-            state = jax.lax.while_loop(lambda s, r=rows: s[0] + r <= end, lambda s, r=rows: step(s, r), state)
+    before = 0
+    for rows in (b for b in BLOCKS if b <= max(limit, UNIT)):
+        if before == 2 * rows:
+            state = jax.lax.cond(fits(rows, state), functools.partial(step, rows), lambda s: s, state)
         else:
-            state = jax.lax.cond(state[0] + rows <= end, lambda s, r=rows: step(s, r), lambda s: s, state)
+            state = jax.lax.while_loop(functools.partial(fits, rows), functools.partial(step, rows), state)
+        before = rows
     return state[1]
 
 
