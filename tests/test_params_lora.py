@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 
 from jaxlm import tree as trees
 from jaxlm.decode import generate
+from jaxlm.decode.loop import unstack
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
 from jaxlm.nn import transformer
@@ -145,7 +146,8 @@ def test_fresh_adapters_are_pefts():
 
 
 def test_pissa_takes_the_largest_components_out_of_the_base():
-    cfg, params, tree = model(UNTIED, {"r": 3, "targets": ["v_proj", "up_proj"], "init": "pissa", "alpha": 6.0})
+    lora = {"r": 3, "targets": ["v_proj", "up_proj"], "init": "pissa", "alpha": 6.0, "dora": True}
+    cfg, params, tree = model(UNTIED, lora)
     rest = adapters.residual(cfg, params, tree)
     active = logits(cfg, {"params": rest, "lora": tree}, TOKENS)
     np.testing.assert_allclose(active, logits(UNTIED, {"params": params}, TOKENS), atol=1e-5)
@@ -214,18 +216,22 @@ def test_rows_of_a_batch_have_adapters_of_their_own():
     [
         (SMALL, {"dora": True, "targets": ["q_proj", "layers.1.mlp.down_proj"]}),
         (MOE, {"targets": ["model.layers.1.mlp.up_proj"]}),
+        (dataclasses.replace(SMALL, family="phi3"), {"targets": ["qkv_proj", "lm_head"]}),
     ],
-    ids=["some layers", "the dense layer of a mixture"],
+    ids=["some layers", "the dense layer of a mixture", "a fused module"],
 )
 def test_decoding_uses_the_adapter(base, lora):
     cfg, params, tree = model(base, lora)
     tree = moved(cfg, tree, 1.0)
     prompt = np.asarray(TOKENS[0, :5]).tolist()
-    ids = generate(cfg, {"params": params, "lora": tree}, [prompt], max_new_tokens=3)[0]
+    variables = {"params": params, "lora": tree}
+    ids = generate(cfg, variables, [prompt], max_new_tokens=3)[0]
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert "lora" in unstack(cfg, {"params": half, "lora": tree})  # kept apart where merging would round it away
     merged = adapters.merge(cfg, params, tree)
     assert ids == generate(adapters.merged_config(cfg, merged), {"params": merged}, [prompt], max_new_tokens=3)[0]
     tokens = jnp.asarray([prompt + ids[:-1]])
-    scores = logits(cfg, {"params": params, "lora": tree}, tokens)[0, len(prompt) - 1 :]
+    scores = logits(cfg, variables, tokens)[0, len(prompt) - 1 :]
     assert np.argmax(scores, axis=-1).tolist() == ids
 
 

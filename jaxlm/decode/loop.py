@@ -20,6 +20,8 @@ from jaxlm.nn import cache as kv
 from jaxlm.nn import transformer, walk
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.qtensor import is_qtensor
+from jaxlm.params.lora import merge
 from jaxlm.types import Array, Variables
 
 
@@ -52,7 +54,18 @@ def _unstack(cfg: ModelConfig, variables: Variables) -> Variables:
         half = x.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "cpu"
         return x.astype(jnp.float32) if half else x
 
-    variables = jax.tree.map(converted, variables)
+    return unstack(cfg, jax.tree.map(converted, variables))
+
+
+def unstack(cfg: ModelConfig, variables: Variables) -> Variables:
+    """One tree a layer; adapters of float32 weights are merged, so that a step reads one matrix in place of three.
+
+    Weights of lower precision would lose the adapter in their rounding, and quantised ones grow; there it stays apart.
+    """
+    leaves = jax.tree.leaves(variables["params"], is_leaf=is_qtensor)
+    if "lora" in variables and not any(is_qtensor(leaf) or leaf.dtype != jnp.float32 for leaf in leaves):
+        merged = merge(cfg, variables["params"], variables["lora"])
+        variables = {name: tree for name, tree in variables.items() if name != "lora"} | {"params": merged}
     return {name: walk.unstack(cfg, tree) for name, tree in variables.items()}
 
 
@@ -68,7 +81,12 @@ def prepare(cfg: ModelConfig, variables: Variables) -> Variables:
 
 def program_of(cfg: ModelConfig) -> ModelConfig:
     """The part of a configuration that compiled programs depend on: special tokens and the like are no part of it."""
-    return dataclasses.replace(cfg, bos_token_id=None, eos_token_id=None, pad_token_id=None, family=None, dropout=0.0)
+    family, lora = None, None
+    if cfg.lora is not None:
+        # Its targets go by the names of the family.
+        family, lora = cfg.family, dataclasses.replace(cfg.lora, base=None, dropout=0.0, plus_ratio=None)
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return dataclasses.replace(cfg, **tokens, family=family, lora=lora, dropout=0.0)
 
 
 def compute_of(variables: Variables) -> Compute:

@@ -15,7 +15,6 @@ from jaxlm.decode.generation import GREEDY, Samples, ends_of
 from jaxlm.decode.sampling import Choice
 from jaxlm.dist import place
 from jaxlm.dist.mesh import ROWS
-from jaxlm.nn import walk
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.types import Array, Variables
@@ -74,7 +73,7 @@ def _run(
         values = {name: value for name, value in fixed._asdict().items() if name not in ("seed", "stop")}
         constant = {name: jnp.full(tokens.shape[:1], value) for name, value in values.items()}
         settings = settings._replace(**constant)
-    variables = {name: walk.unstack(cfg, tree) for name, tree in variables.items()}
+    variables = loop.unstack(cfg, variables)
     state = loop.prefill(cfg, compute, variables, tokens, segments)
     last = tokens.shape[1] + steps
     state = loop.extend(cfg, compute, variables, loop.grow(state, last - 1), settings, jnp.int32(last))

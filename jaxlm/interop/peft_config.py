@@ -94,7 +94,7 @@ def written(
         "target_modules": sorted(targets),
         "modules_to_save": sorted(saved) or None,
         "rank_pattern": dict(lora.rank_pattern),
-        "alpha_pattern": {key: _plain(value) for key, value in lora.alpha_pattern},
+        "alpha_pattern": {key: _plain(value) for key, value in dict(lora.alpha_pattern).items()},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
         "init_lora_weights": "pissa" if lora.init == "pissa" else True,

@@ -57,17 +57,19 @@ def residual(cfg: ModelConfig, params: Tree, lora: Tree) -> Tree:
       lora: of `init` with the same base, untrained.
 
     Raises:
-      ValueError: the base is quantised.
+      ValueError: the base is quantised, or its tied head adapted.
     """
     if cfg.lora is None or cfg.lora.init != "pissa":
         return params
     if any(is_qtensor(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_qtensor)):
         raise ValueError("lora.init: pissa changes the base, which is quantised; take default, or quantise afterwards")
-    plain = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, dora=False))
-    _, adapters = resolved(plain, params, lora)
+    if cfg.tie_embeddings and "unembed" in lora:
+        raise ValueError("lora.init: pissa would take its start out of a head that is the embedding; leave lm_head out")
+    _, adapters = resolved(cfg, params, lora)
     for path, node in adapters.items():
         if path != "embed":
-            params = put(params, path, {"kernel": _added(get(params, path)["kernel"], node | {"b": -node["b"]})})
+            taken = {name: x for name, x in node.items() if name != "magnitude"} | {"b": -node["b"]}
+            params = put(params, path, {"kernel": _added(get(params, path)["kernel"], taken)})
     return params
 
 
