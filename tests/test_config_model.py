@@ -6,6 +6,7 @@ import json
 import pytest
 
 from jaxlm.config import ModelSection, RunConfig, adopt, build, dump, load
+from jaxlm.config.model import RopeSection
 from jaxlm.nn.config import ModelConfig, MoEConfig, RopeConfig
 
 DIRECTORY = ModelConfig(
@@ -15,12 +16,12 @@ DIRECTORY = ModelConfig(
 
 def test_a_section_means_the_same_in_the_architecture():
     section = ModelSection(
-        d_model=96, n_heads=None, head_dim=32, norm="layernorm", rope=RopeConfig(5e5), moe=MoEConfig()
+        d_model=96, n_heads=None, head_dim=32, norm="layernorm", rope=RopeSection(5e5), moe=MoEConfig()
     )
     cfg = section.architecture(max_length=64, dropout=0.1)
     assert (cfg.H, cfg.G, cfg.K, cfg.F) == (3, 3, 32, 256)
     assert (cfg.rope.theta, cfg.max_length, cfg.dropout, cfg.moe) == (5e5, 64, 0.1, MoEConfig())
-    own = {field.name for field in dataclasses.fields(ModelSection)} - {"path"}
+    own = {field.name for field in dataclasses.fields(ModelSection)} - {"path", "rope"}
     assert all(getattr(cfg, name) == getattr(section, name) for name in own)
 
 
@@ -39,7 +40,7 @@ def test_the_base_is_the_model_with_fields_replaced_and_nulls_resolved_after():
 
 def test_a_directory_fills_what_is_not_given():
     section = adopt(ModelSection(path="there", n_heads=12), frozenset({"model.path", "model.n_heads"}), DIRECTORY)
-    assert (section.d_model, section.n_kv_heads, section.head_dim, section.rope) == (768, 4, None, RopeConfig(5e5))
+    assert (section.d_model, section.n_kv_heads, section.head_dim, section.rope) == (768, 4, None, RopeSection(5e5))
     assert section.architecture(max_length=DIRECTORY.max_length) == DIRECTORY
 
 
@@ -59,10 +60,10 @@ def test_a_given_mixture_replaces_the_directorys_field_by_field():
 
 
 def test_a_factor_stretches_the_context_of_a_directory():
-    section = ModelSection(path="there", rope=RopeConfig(factor=4.0))
+    section = ModelSection(path="there", rope=RopeSection(factor=4.0))
     rope = adopt(section, frozenset({"model.rope.factor"}), DIRECTORY).rope
-    assert rope == RopeConfig(theta=5e5, kind="yarn", factor=4.0, original_length=DIRECTORY.max_length)
-    section = ModelSection(path="there", rope=RopeConfig(kind="linear", factor=2.0))
+    assert rope == RopeSection(theta=5e5, kind="yarn", factor=4.0, original_length=DIRECTORY.max_length)
+    section = ModelSection(path="there", rope=RopeSection(kind="linear", factor=2.0))
     assert adopt(section, frozenset({"model.rope.factor", "model.rope.kind"}), DIRECTORY).rope.kind == "linear"
 
 

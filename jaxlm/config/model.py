@@ -12,6 +12,26 @@ Above0 = Annotated[float, msgspec.Meta(gt=0)]
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeSection:
+    """What a user says of rotary positions; the finer numbers of a kind are its paper's, or the directory's.
+
+    Attributes:
+      theta, kind, factor, partial, original_length: those of `jaxlm.nn.config.RopeConfig`.
+    """
+
+    theta: Above0 = 10000.0
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    factor: Above0 | None = None
+    partial: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    original_length: Count | None = None
+
+    def over(self, rope: RopeConfig) -> RopeConfig:
+        """`rope` with these settings in it."""
+        changes: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(rope, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSection:
     """What a user says of the model; without `path` the fields make a Llama-like one.
 
@@ -46,7 +66,7 @@ class ModelSection:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"] = "silu"
     gated: bool = True
     positions: Literal["rope", "learned", "none"] = "rope"
-    rope: RopeConfig | None = None
+    rope: RopeSection | None = None
     window: Count | None = None
     layer_types: tuple[Literal["sliding", "full"], ...] | None = None
     attention_softcap: Above0 | None = None
@@ -57,7 +77,7 @@ class ModelSection:
     def architecture(self, *, max_length: int, dropout: float = 0.0, lora: LoraConfig | None = None) -> ModelConfig:
         """The model that the fields describe; `vocab_size` may still be open."""
         shared = {name: getattr(self, name) for name in _SHARED}
-        shared["rope"] = self.rope or RopeConfig()
+        shared["rope"] = (self.rope or RopeSection()).over(RopeConfig())
         return ModelConfig(**shared, max_length=max_length, dropout=dropout, lora=lora)
 
 
@@ -97,17 +117,19 @@ def adopt(section: ModelSection, given: frozenset[str], directory: ModelConfig) 
     return dataclasses.replace(section, **theirs, moe=moe, rope=_adopt_rope(section.rope, given, directory))
 
 
-def _adopt_rope(ours: RopeConfig | None, given: frozenset[str], directory: ModelConfig) -> RopeConfig:
-    rope = _merged("rope", ours, given, directory.rope)
+def _adopt_rope(ours: RopeSection | None, given: frozenset[str], directory: ModelConfig) -> RopeSection:
+    names = [field.name for field in dataclasses.fields(RopeSection)]
+    theirs = RopeSection(**{name: getattr(directory.rope, name) for name in names})
+    rope = _merged("rope", ours, given, theirs)
     assert rope is not None
     if rope.factor is not None and rope.kind == "default":
         rope = dataclasses.replace(rope, kind="yarn")
-    if rope != directory.rope and rope.kind != "default" and rope.original_length is None:
+    if rope != theirs and rope.kind != "default" and rope.original_length is None:
         rope = dataclasses.replace(rope, original_length=directory.max_length)
     return rope
 
 
-Section = TypeVar("Section", MoEConfig, RopeConfig)
+Section = TypeVar("Section", MoEConfig, RopeSection)
 
 
 def _merged(name: str, ours: Section | None, given: frozenset[str], theirs: Section | None) -> Section | None:

@@ -218,7 +218,8 @@ def settle(program: Program, frozen: Variables) -> Variables:
 
 def of_directory(config: "RunConfig", directory: ModelConfig) -> ModelConfig:
     """A model directory's architecture with what the configuration adds to it."""
-    rope, length = config.model.rope or directory.rope, directory.max_length
+    section, length = config.model.rope, directory.max_length
+    rope = directory.rope if section is None else section.over(directory.rope)
     if rope != directory.rope and rope.factor is not None:
         length = round((rope.original_length or length) * rope.factor)
     size = max(config.model.vocab_size or 0, directory.V)
