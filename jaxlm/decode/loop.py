@@ -9,7 +9,7 @@ taken are arrays.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def program_of(cfg: ModelConfig) -> ModelConfig:
     if cfg.lora is not None:
         # Its targets go by the names of the family.
         family, lora = cfg.family, dataclasses.replace(cfg.lora, base=None, dropout=0.0, plus_ratio=None)
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    tokens: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return dataclasses.replace(cfg, **tokens, family=family, lora=lora, dropout=0.0)
 
 

@@ -84,7 +84,7 @@ def objective_metrics(
     batches: Iterable[Batch],
 ) -> dict[str, float]:
     """Means of `objective_sums` over all batches, each weighing as many rows as it has."""
-    total, sums = 0.0, {}
+    total, sums = 0.0, dict[str, float]()
     for batch in batches:
         rows, values = jax.device_get(score(params, frozen, batch))
         total += float(rows)

@@ -109,9 +109,9 @@ def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, f
     """
     dtype = frozen_dtype(mesh)
     found: Variables = {}
-    for name, path in directories(config).items():
+    for name, directory in directories(config).items():
         if name in wanted:
-            found[name] = load(path, dtype, mesh=mesh)[1]
+            found[name] = load(directory, dtype, mesh=mesh)[1]
     path = config.model.path
     if "params" in wanted:
         found["params"] = whole(path, dtype, mesh, config.quantize) if path else _fresh_base(config, wanted, fresh)
