@@ -12,8 +12,8 @@ import torch
 import jaxlm
 from jaxlm import config as configs
 from jaxlm import tree
+from jaxlm.dist import collectives, place, rules
 from jaxlm.dist import mesh as meshes
-from jaxlm.dist import place, rules
 from jaxlm.nn import transformer
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import LoraConfig, ModelConfig, MoEConfig
@@ -251,8 +251,13 @@ def test_sharded_is_single(sizes):
     expected, wanted = run(quantised["embed"], quantised, Compute())
     with jax.set_mesh(mesh):
         got, gradient = run(placed["embed"], placed, Compute(constrain=place.constrain(mesh), mesh=mesh))
+        compiled = run.lower(placed["embed"], placed, Compute(constrain=place.constrain(mesh), mesh=mesh)).compile()
     np.testing.assert_allclose(got, expected, rtol=1e-4)
     np.testing.assert_allclose(gradient["kernel"], wanted["kernel"], rtol=1e-3, atol=1e-4)
+    # Codes and scales travel, once forward and once backward, not the values that they stand for.
+    packed = sum(leaf.nbytes for leaf in jax.tree.leaves(quantised["layers"]))
+    plain = 4 * tree.count(outline(quantised["layers"]))
+    assert collectives.totals(compiled.as_text())["all-gather"].bytes < 2 * packed + plain // 4
 
 
 def test_experts_are_spread_and_odd_parts_are_whole():

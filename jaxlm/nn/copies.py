@@ -5,8 +5,9 @@ copies, each part adds up its own uses first, and the sum over parts is the grad
 one in force (`jax.set_mesh`); without one nothing is copied.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,9 @@ def look_up(table: Array, tokens_BxL: Array) -> Array:
     return local(table, tokens_BxL)
 
 
+Kernel = TypeVar("Kernel", Array, QTensor, Array | QTensor)
+
+
 class Fan(NamedTuple):
     """The input of several projections whose columns are spread over `tensor`.
 
@@ -111,7 +115,7 @@ def columns(product: Callable[..., Array], x: Array | Fan, w_DxF: Array | QTenso
     def split(w_DxF: Array) -> Array:
         return jnp.moveaxis(w_DxF.reshape(-1, count, width // count), 1, 0)
 
-    y_T = _by_part(product, split, x.copies, w_DxF)
+    y_T = _by_part(product, split, x.copies, w_DxF, (TENSOR, None))
     return jnp.moveaxis(y_T, 0, -2).reshape(*x.whole.shape[:-1], width)
 
 
@@ -128,16 +132,39 @@ def rows(product: Callable[..., Array], x: Array, w_FxD: Array | QTensor) -> Arr
         return w_FxD.reshape(count, -1, w_FxD.shape[1])
 
     x_T = jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
-    return jax.lax.reduce_sum(_by_part(product, split, x_T, w_FxD), axes=(0,))
+    return jax.lax.reduce_sum(_by_part(product, split, x_T, w_FxD, (None, TENSOR)), axes=(0,))
 
 
-def _by_part(product: Callable[..., Array], split: Callable[[Array], Array], x_T: Array, w: Array | QTensor) -> Array:
+def packed_whole(w: Kernel, axes: tuple[str | None, str | None] = (None, None)) -> Kernel:
+    """A quantised kernel whose parts come together over `fsdp`: its codes travel, not the values they stand for.
+
+    Args:
+      w: the kernel; an array is left as it is.
+      axes: mesh axes over which rows and columns of codes and scales stay spread.
+    """
+    if not isinstance(w, QTensor) or parts(ROWS[1]) == 1:
+        return w
+
+    def gather(part: Array) -> Array:
+        fitting = (a if a is not None and n % parts(a) == 0 else None for a, n in zip(axes, part.shape, strict=True))
+        return jax.lax.with_sharding_constraint(part, PartitionSpec(*fitting))
+
+    return dataclasses.replace(w, codes=gather(w.codes), absmax=gather(w.absmax))
+
+
+def _by_part(
+    product: Callable[..., Array],
+    split: Callable[[Array], Array],
+    x_T: Array,
+    w: Array | QTensor,
+    packed: tuple[str | None, str | None],
+) -> Array:
     """`product` of each part with its kernel. The kernels, not the activations, come together over `fsdp`."""
 
     def gathered(x_T: Array, w: Array | QTensor) -> Array:
-        kernel = dequantise(w, x_T.dtype) if isinstance(w, QTensor) else w
-        parts = jax.lax.with_sharding_constraint(split(kernel), PartitionSpec(TENSOR, None, None))
-        return jax.vmap(product)(x_T, parts)
+        kernel = dequantise(packed_whole(w, packed), x_T.dtype) if isinstance(w, QTensor) else w
+        kernels = jax.lax.with_sharding_constraint(split(kernel), PartitionSpec(TENSOR, None, None))
+        return jax.vmap(product)(x_T, kernels)
 
     # The backward pass gathers again instead of keeping the whole kernels of all layers.
     return jax.checkpoint(gathered, policy=jax.checkpoint_policies.nothing_saveable)(x_T, w)

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.copies import packed_whole
 from jaxlm.nn.kernels.tiles import one_cpu_device
 from jaxlm.nn.qtensor import QTensor, dequantise_rows, is_qtensor
 from jaxlm.types import Array
@@ -118,6 +119,7 @@ _matmul.defvjp(_forward, _backward)
 
 def _dequantised(x: Array, q: QTensor, forward: bool) -> Array:
     """`x W`, or `x W^T` backwards. Quantised matrices lie as [F, D]."""
+    q = packed_whole(q)
     # Bound to x, the dequantised weight neither leaves a loop nor is shared between the passes.
     codes, x = jax.lax.optimization_barrier((q.codes, x))
     return _product(x, dequantise_rows(dataclasses.replace(q, codes=codes), x.dtype), forward)
