@@ -118,6 +118,7 @@ def test_what_is_beyond_a_rank_stays_zero_and_is_not_counted():
     slots = resolve(cfg)
     assert slots["layers/attn/q"].ranks.tolist() == [4, 2]
     assert adapters.count(cfg, tree) == (4 + 2) * (16 + 16) + 2 * 4 * (16 + 24) < trees.count(tree)
+    assert adapters.trained(cfg, {"lora": tree, "value": {"bias": jnp.zeros(3)}}) == adapters.count(cfg, tree) + 3
     tx = optax.adamw(0.1, weight_decay=0.1)
 
     @jax.jit

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import tree as trees
 from jaxlm.nn.adapters import get, put, resolved
 from jaxlm.nn.config import LoraConfig, ModelConfig
 from jaxlm.nn.linear import added, dense
 from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.nn.targets import FUSED, Slot, modules, nearest, resolve, saves
-from jaxlm.types import Array, Tree
+from jaxlm.types import Array, Tree, Variables
 
 
 def init(cfg: ModelConfig, key: Array, params: Tree) -> Tree:
@@ -118,6 +119,11 @@ def count(cfg: ModelConfig, lora: Tree) -> int:
         else:
             total += int(slot.ranks.sum()) * leaf.shape[-2 if name == "a" else -1]
     return total
+
+
+def trained(cfg: ModelConfig, collections: Variables) -> int:
+    """Trained numbers of all collections of a run, adapters as `count` counts them."""
+    return sum(count(cfg, tree) if name == "lora" else trees.count(tree) for name, tree in collections.items())
 
 
 def stack(cfg: ModelConfig, adapters: Sequence[tuple[LoraConfig, Tree] | None]) -> tuple[ModelConfig, Tree]:

@@ -22,6 +22,7 @@ from jaxlm.interop.load import model_directory
 from jaxlm.interop.save import save, tokenizer_config
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.qtensor import outline
+from jaxlm.params import lora
 from jaxlm.training import plan
 from jaxlm.training.report import write_report
 from jaxlm.training.samples import Sample
@@ -123,7 +124,8 @@ def _with_base(setup: Setup) -> ModelConfig:
 def summary(run: "Run", status: str) -> Summary:
     """The facts of a run that its configuration and metrics do not hold."""
     setup = run.setup
-    trained, base = tree.count(run.state.params), tree.count(outline(run.frozen.get("params", {})))
+    trained = lora.trained(setup.program.cfg, run.state.params)
+    base = tree.count(outline(run.frozen.get("params", {})))
     return Summary(
         name=run.directory.name,
         objective=setup.config.objective.kind,

@@ -21,6 +21,7 @@ from jaxlm.nn.qtensor import outline
 from jaxlm.objectives.completions import reward_column
 from jaxlm.objectives.distill import COLUMNS
 from jaxlm.optim.effective import Row, effective
+from jaxlm.params import lora
 from jaxlm.training import setup, throughput
 from jaxlm.training.memory import GB, Load, Memory, activation_bytes, dequantised_bytes, device_bytes, logits_bytes
 from jaxlm.training.setup import Program
@@ -75,7 +76,7 @@ def of_program(config: "RunConfig", program: Program, compiled: bool = False) ->
       compiled: as in `make_plan`.
     """
     trained, base = program.abstract.params, outline(program.frozen.get("params", {}))
-    count = tree.count(trained)
+    count = lora.trained(program.cfg, trained)
     length = config.data.sequence_length
     flops = throughput.flops_per_token(program.cfg, length) * step_rows(config) * length
     return Plan(
