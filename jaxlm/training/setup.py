@@ -110,7 +110,9 @@ def prepare(config: "RunConfig") -> Setup:
         kind=config.objective.kind,
         tokenizer=tokenizer if teacher is None or directory is not None else teacher.tokenizer,
         vocab_size=config.model.vocab_size if directory is None else of_directory(config, directory).V,
-        render=renderer(config.data.tokenizer, config.model.path, template=config.data.template),
+        render=renderer(
+            config.data.tokenizer, config.model.path, teacher and teacher.path, template=config.data.template
+        ),
         reserve=getattr(config.objective, "max_new_tokens", 0),
     )
     cfg = model_config(config, directory, data.tokenizer)
