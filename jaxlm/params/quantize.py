@@ -21,6 +21,7 @@ from jaxlm.nn.qtensor import (
 )
 from jaxlm.nn.transformer import logits
 from jaxlm.params import lora
+from jaxlm.params.summation import torch_sum
 from jaxlm.types import Array, Tree, Variables
 
 PROJECTIONS = "(attn/(q|k|v|o)|(mlp|shared)/(gate|up|down))/kernel"
@@ -155,8 +156,8 @@ def _double(absmax: Array) -> tuple[Array, Array, Array]:
     """Scales [rows, blocks] -> 8-bit codes of them, their scales, and the mean that was taken off first."""
     flat = absmax.reshape(-1)
     padding = -flat.size % NESTED_BLOCK
-    # In two levels, so that a long sum loses little.
-    offset = jnp.sum(jnp.sum(jnp.pad(flat, (0, padding)).reshape(-1, NESTED_BLOCK), axis=1)) / flat.size
+    # By a constant, XLA would multiply with its inverse.
+    offset = torch_sum(flat) / jax.lax.optimization_barrier(jnp.float32(flat.size))
     centred = jnp.pad(flat - offset, (0, padding)).reshape(-1, NESTED_BLOCK)
     nested = jnp.max(jnp.abs(centred), axis=1)
     wide = nested[:, None]
