@@ -25,7 +25,9 @@ D, TOKENS, LENGTH, WIDTH = 384, 4096, 256, 2048
 """Width, tokens of a step, positions of a row, and width of the active feed-forward layer: the same for all."""
 
 MIXTURES = {"8 top-2": (8, 2), "64 top-8": (64, 8)}
-FLAT = (4, 8, 16, 32)
+FLAT, MANY = (4, 8, 16, 32), 16384
+"""Numbers of experts of the table over them, and its tokens: an expert's weights are copied once a product, which is
+paid for by the rows that it has."""
 
 
 def turns(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
@@ -52,7 +54,7 @@ def shape(experts: int, top_k: int, layers: int = 2) -> Any:
     return ModelConfig(d_model=D, n_layers=layers, n_heads=6, d_ff=WIDTH, vocab_size=1024, max_length=LENGTH, moe=moe)
 
 
-def layer(cfg: Any) -> Callable[[], Any]:
+def layer(cfg: Any, tokens: int = TOKENS) -> Callable[[], Any]:
     """Forward and backward of one feed-forward branch, its norm included."""
     import jax
 
@@ -62,7 +64,7 @@ def layer(cfg: Any) -> Callable[[], Any]:
 
     module = Mlp(cfg) if cfg.moe is None else MoE(cfg, Compute())
     keys = jax.random.split(jax.random.key(0), 3)
-    x, dy = (jax.random.normal(key, (TOKENS // LENGTH, LENGTH, D)) for key in keys[:2])
+    x, dy = (jax.random.normal(key, (tokens // LENGTH, LENGTH, D)) for key in keys[:2])
     params = jax.jit(module.init)(keys[2], x)["params"]
 
     def apply(params: Any, x: Any) -> Any:
@@ -104,7 +106,7 @@ def step(cfg: Any) -> Callable[[], Any]:
     ones = jnp.ones(rows, jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "mask": ones.astype(jnp.float32), "segments": ones,
              "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), rows)}  # fmt: skip
-    held = [init_state(recipe, params)]
+    held = [jax.jit(functools.partial(init_state, recipe))(params)]
     compiled = jax.jit(functools.partial(train_step, recipe), donate_argnums=0).lower(held[0], {}, batch).compile()
 
     def call() -> Any:
@@ -116,13 +118,17 @@ def step(cfg: Any) -> Callable[[], Any]:
 
 def cost(rounds: int) -> dict[str, Any]:
     """Ratios to the dense twin of layers and steps."""
-    found: dict[str, Any] = {"shape": {"d_model": D, "tokens": TOKENS, "active d_ff": WIDTH}}
-    mixtures = {"dense": (0, 0)} | MIXTURES | {f"{e} top-2": (e, 2) for e in FLAT}
-    for name, make in (("layer", layer), ("step", step)):
-        cases = {case: make(shape(*size)) for case, size in mixtures.items()}
-        times = turns(cases, rounds)
+    found: dict[str, Any] = {"shape": {"d_model": D, "tokens": TOKENS, "active d_ff": WIDTH, "layers of a step": 2}}
+    mixtures = {"dense": (0, 0)} | MIXTURES
+    flat = {"dense": (0, 0)} | {f"{e} top-2": (e, 2) for e in FLAT}
+    for name, make, sizes in (
+        ("layer", layer, mixtures),
+        ("step", step, mixtures),
+        (f"layer of {MANY} tokens", functools.partial(layer, tokens=MANY), flat),
+    ):
+        times = turns({case: make(shape(*size)) for case, size in sizes.items()}, rounds)
         found[name] = times
-        found[f"{name} over dense"] = {
+        found[f"{name}, over dense"] = {
             clock: {case: times[case][clock] / times["dense"][clock] for case in times} for clock in ("wall", "cpu")
         }
     return found
@@ -176,11 +182,10 @@ def skewed(balance_: str, steps: int) -> list[float]:
     program = setup.program
     params = program.fresh(program.base())
     router = params["params"]["layers"]["mlp"]["router"]
-    # The mean of the normed inputs is not 0, so that columns along it are preferred by nearly every token.
+    # All embeddings get a common part, and the router reads it as some experts rather than others.
     tilt = jax.numpy.asarray(np.linspace(1.0, -1.0, 8), jax.numpy.float32)
-    router["kernel"] = 0.1 * router["kernel"] + 0.0 * tilt
     mean = jax.random.normal(jax.random.key(3), (64,))
-    router["kernel"] = router["kernel"] + 0.1 * mean[None, :, None] * tilt[None, None, :]
+    router["kernel"] = 0.1 * router["kernel"] + 0.1 * mean[None, :, None] * tilt[None, None, :]
     params["params"]["embed"]["kernel"] = params["params"]["embed"]["kernel"] + 0.05 * mean[None, :]
     state = init_state(program.recipe, params)
     run = jax.jit(functools.partial(train_step, program.recipe), donate_argnums=0)
@@ -195,8 +200,8 @@ def balances(steps: int) -> dict[str, Any]:
     """The three curves, and where the mean of the last tenth is."""
     curves = {name: skewed(name, steps) for name in ("aux", "bias", "none")}
     last = {name: statistics.mean(curve[-max(steps // 10, 1) :]) for name, curve in curves.items()}
-    return {"first": {n: c[0] for n, c in curves.items()}, "last tenth": last,
-            "every tenth step": {n: [round(v, 3) for v in c[:: max(steps // 10, 1)]] for n, c in curves.items()}}  # fmt: skip
+    shown = {name: [round(value, 3) for value in curve[:: max(steps // 20, 1)]] for name, curve in curves.items()}
+    return {"steps": steps, "last tenth": last, "every twentieth": shown}
 
 
 def quality(steps: int, seeds: int) -> dict[str, Any]:
