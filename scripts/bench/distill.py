@@ -1,15 +1,16 @@
 """A student with its teacher and without: validation bits per byte over seeds, size and speed of both models.
 
     jaxlm train configs/quickstart.yaml                 # the teacher
-    python -m scripts.bench.distill [--steps 700] [--seeds 3] [--arm alone] [override ...]
+    python -m scripts.bench.distill [--steps 400] [--seeds 3] [--arm alone] [override ...]
 
 Every arm is `configs/distill.yaml` with a few fields changed and sees the same rows in the same order for the same
-number of steps; arms differ by what they learn from, seeds by the student's start and the order of rows. Writes
-`results/distill.json` and `results/distill.md`.
+number of steps. Arms differ by what they learn from, seeds by the student's start and the order of rows. Results of
+arms that are not asked for are kept. Writes `results/distill.json` and `results/distill.md`.
 """
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import tempfile
 import time
@@ -48,7 +49,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     arms = options.arm or list(ARMS)
     steps = [] if options.steps is None else [f"train.steps={options.steps}"]
-    runs, students = [], {}
+    runs, students = earlier({"recipe": RECIPE, "overrides": [*steps, *options.overrides]}, arms), {}
     for arm in arms:
         setups = [opened([*ARMS[arm], *steps, *options.overrides], seed) for seed in range(options.seeds)]
         for seed, (values, students[arm]) in enumerate(map(run, setups)):
@@ -57,13 +58,21 @@ def main() -> None:
     cfg, variables = load(setups[0].config.objective.teacher)
     result: dict[str, Any] = {"recipe": RECIPE, "overrides": [*steps, *options.overrides], "runs": runs}
     result["teacher"] = {"bits_per_byte": score(setups[0], cfg, variables)}
-    result["arms"] = {arm: summary(runs, arm) for arm in arms}
+    result["arms"] = {arm: summary(runs, arm) for arm in ARMS if any(r["arm"] == arm for r in runs)}
     student = (setups[0].program.cfg, students[arms[-1]])
     result |= compare({"student": student, "teacher": (cfg, variables)})
     text = table(result)
     print(text)
     (experiment.RESULTS / "distill.md").write_text(text)
     print(experiment.keep("distill", result))
+
+
+def earlier(settings: dict[str, Any], arms: list[str]) -> list[dict[str, Any]]:
+    """Runs of the other arms that are kept from before, if they had the same settings."""
+    file = experiment.RESULTS / "distill.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(kept.get(name) == value for name, value in settings.items())
+    return [run for run in kept["runs"] if run["arm"] not in arms] if same else []
 
 
 def opened(overrides: list[str], seed: int) -> Setup:
