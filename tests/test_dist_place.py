@@ -37,6 +37,16 @@ def test_a_batch_is_spread_and_comes_back_unchanged(config):
     assert placed["weight"].addressable_shards[0].data.shape == (8 // rows,)
 
 
+def test_of_every_column_the_axis_of_positions_is_cut_over_context():
+    mesh = meshes.make(MeshConfig(data=2, context=4))
+    given = {"tokens": np.zeros((4, 2, 8)), "segments": np.ones((4, 2, 8)), "reference_log_probs": np.zeros((4, 2))}
+    shapes = {n: x.addressable_shards[0].data.shape for n, x in place.place_batch(given, mesh).items()}
+    assert shapes == {"tokens": (2, 2, 2), "segments": (2, 2, 2), "reference_log_probs": (2, 2)}
+    given = {"tokens": np.zeros((4, 8)), "top": np.zeros((4, 8, 3)), "rewards": np.zeros((4, 3))}
+    shapes = {n: x.addressable_shards[0].data.shape for n, x in place.place_batch(given, mesh).items()}
+    assert shapes == {"tokens": (2, 2), "top": (2, 2, 3), "rewards": (2, 3)}
+
+
 def test_what_cannot_be_spread_is_named():
     mesh = meshes.make(MeshConfig(data=2, context=4))
     with pytest.raises(ValueError, match=r"train.batch_size: 7 .*mesh.data 2"):

@@ -14,9 +14,12 @@ from jaxlm.dist.mesh import ROWS, check_rows
 from jaxlm.types import Array, Batch, Tree
 
 
-def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
-    """How an array of rows lies: rows over data, fsdp and expert; positions (the last dimension) over context."""
-    return NamedSharding(mesh, PartitionSpec(ROWS, *(None,) * (ndim - 2), *("context",)[: ndim - 1]))
+def batch_sharding(mesh: Mesh, ndim: int = 2, positions: int = 1) -> NamedSharding:
+    """How an array of rows lies: rows over data, fsdp and expert; its axis `positions`, if it has one, over context."""
+    axes: list[Any] = [ROWS, *[None] * (ndim - 1)]
+    if positions < ndim:
+        axes[positions] = "context"
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -55,16 +58,25 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | N
                 f"{name}: {len(column)} rows, but this process holds {len(mine)} of the {rows} rows of a batch; "
                 "read the rows that host_rows names"
             )
-        context = mesh.shape["context"]
-        if column.ndim > 1 and column.shape[-1] % context:
+        axis = _positions(batch, column)
+        if axis < column.ndim and column.shape[axis] % mesh.shape["context"]:
             raise ValueError(
-                f"data.sequence_length: {column.shape[-1]} (of {name}) is not a multiple of mesh.context {context}; "
-                "change one of them"
+                f"data.sequence_length: {column.shape[axis]} (of {name}) is not a multiple of mesh.context "
+                f"{mesh.shape['context']}; change one of them"
             )
-        sharding = batch_sharding(mesh, column.ndim)
+        sharding = batch_sharding(mesh, column.ndim, axis)
         cut = functools.partial(_cut, column, mine)
         result[name] = jax.make_array_from_callback((rows, *column.shape[1:]), sharding, cut)
     return result
+
+
+def _positions(batch: Mapping[str, np.ndarray], column: np.ndarray) -> int:
+    """The axis of a column that runs over positions: the last of the tokens; beyond its axes if it has none."""
+    tokens = batch.get("tokens")
+    if tokens is None:
+        return 1
+    axis = tokens.ndim - 1
+    return axis if column.ndim > axis and column.shape[axis] == tokens.shape[axis] else column.ndim
 
 
 def _cut(column: np.ndarray, mine: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:

@@ -78,7 +78,7 @@ def of_program(config: "RunConfig", program: Program, compiled: bool = False) ->
     trained, base = program.abstract.params, outline(program.frozen.get("params", {}))
     count = lora.trained(program.cfg, trained)
     length = config.data.sequence_length
-    flops = throughput.flops_per_token(program.cfg, length) * step_rows(config) * length
+    flops = throughput.flops_per_token(program.cfg, length) * abstract_batch(config, program)["tokens"].size
     return Plan(
         parameters=count + tree.count(base),
         trainable=count,
@@ -139,12 +139,17 @@ def abstract_batch(config: "RunConfig", program: Program) -> Batch:
     """The batch of a step, without arrays; pairs have one more axis, and completions are as long as they can get."""
     pair = (2,) if config.objective.kind in PAIRS else ()
     shape = (step_rows(config), *pair, config.data.sequence_length)
-    sharding = place.batch_sharding(program.mesh)
+    sharding = place.batch_sharding(program.mesh, len(shape), len(shape) - 1)
     names = {"tokens": "int32", "targets": "int32", "mask": "float32", "segments": "int32", "positions": "int32"}
     abstract: Any = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding)
     batch = {name: abstract(dtype) for name, dtype in names.items()}
     if config.objective.kind in LABELLED:
-        batch["label"] = jax.ShapeDtypeStruct(shape[:1], "float32", sharding=sharding)
+        for name in ("label", "row"):
+            alone = place.batch_sharding(program.mesh, 1)
+            batch[name] = jax.ShapeDtypeStruct(shape[:1], "int32", sharding=alone)
+    if config.objective.kind == "dpo" and getattr(config.objective, "reference", None) == "precomputed":
+        rows = place.batch_sharding(program.mesh, len(shape) - 1, len(shape))
+        batch["reference_log_probs"] = jax.ShapeDtypeStruct(shape[:-1], "float32", sharding=rows)
     if getattr(config.objective, "cache", None) is not None:
         k = config.objective.top_k  # type: ignore[attr-defined]
         for name, dtype, width in zip(COLUMNS, ("uint16", "float16"), (k, k + 1), strict=True):
