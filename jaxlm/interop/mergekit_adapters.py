@@ -92,7 +92,10 @@ def merge_adapters(
     adapters = {name: parent for name, parent in parents.items() if parent.is_adapter}
     whole = sorted(parents.keys() - adapters.keys() - {recipe.base})
     if whole:
-        raise ValueError(f"models: {whole[0]} is a model among adapters; write {whole[0]}+adapter to merge models")
+        raise ValueError(
+            f"models: {whole[0]} is a model, {min(adapters)} an adapter; write the adapter as BASE+{min(adapters)}, "
+            "the model with it on"
+        )
     if recipe.tokens is not None or any(source.layers for part in recipe.slices for source in part.sources):
         raise ValueError("slices, tokenizer: adapters are merged whole; write models: and leave the tokenizer out")
     distances, key = Distances(recipe), jax.random.key(seed)
