@@ -1,10 +1,12 @@
 """The experts of a mixture: their feed-forward layers over rows sorted by expert, on one device or spread over many."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxlm.nn.copies import POSITIONS, ROWS, TENSOR, parts
@@ -72,7 +74,7 @@ def mixture(
         if key is not None:
             for axis in (*ROWS, POSITIONS):
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        body = functools.partial(_spread, form, jax.lax.axis_size(EXPERT))
+        body = functools.partial(_spread, form)
         return jax.lax.psum(_flat(body, x, gates, chosen, weights, key), TENSOR)
 
     # Loops inside begin with constants, which the check of varying types would refuse.
@@ -81,21 +83,26 @@ def mixture(
     return jax.checkpoint(call, policy=kept)(x, gates, chosen, weights, key)
 
 
-def _flat(body, x: Array, gates: Array, chosen: Array, weights, key: Array | None) -> Array:
+def _flat(body: Callable[..., Array], x: Array, gates: Array, chosen: Array, *rest: Any) -> Array:
     k = chosen.shape[-1]
-    y = body(x.reshape(-1, x.shape[-1]), gates.reshape(-1, k), chosen.reshape(-1, k), weights, key)
+    y = body(x.reshape(-1, x.shape[-1]), gates.reshape(-1, k), chosen.reshape(-1, k), *rest)
     return y.reshape(x.shape)
 
 
-def _local(form: Form, x_TxD: Array, gates: Array, chosen: Array, weights, key: Array | None) -> Array:
+def _local(
+    form: Form, x_TxD: Array, gates: Array, chosen: Array, weights: dict[str, Projection], key: Array | None
+) -> Array:
     """All experts here."""
     experts = weights["up"]["kernel"].shape[0]
     plan = dispatch(chosen, experts, grouped.unit(form.backend))
     return from_experts(_feed(form, to_experts(x_TxD, plan), plan.sizes_E, weights, key), gates, plan)
 
 
-def _spread(form: Form, count: int, x_TxD: Array, gates: Array, chosen: Array, weights, key: Array | None) -> Array:
-    """Some of the experts here, the others on the other `count - 1` parts of the axis."""
+def _spread(
+    form: Form, x_TxD: Array, gates: Array, chosen: Array, weights: dict[str, Projection], key: Array | None
+) -> Array:
+    """Some of the experts here, the others on the other parts of the axis."""
+    count = jax.lax.axis_size(EXPERT)
     weights = {name: {part: _whole(name, part, leaf) for part, leaf in node.items()} for name, node in weights.items()}
     if count == 1:
         return _local(form, x_TxD, gates, chosen, weights, key)
@@ -173,8 +180,6 @@ def _whole(projection: str, part: str, leaf: Array) -> Array:
     spec = _spec(projection, part)
     if "fsdp" not in spec or jax.lax.axis_size("fsdp") == 1:
         return leaf
-    from jax.ad_checkpoint import checkpoint_name
-
     return checkpoint_name(jax.lax.all_gather(leaf, "fsdp", axis=spec.index("fsdp"), tiled=True), GATHERED)
 
 
