@@ -117,7 +117,7 @@ class LoraConfig:
       r: rank R.
       alpha: scale numerator; the adapter adds `alpha / r * x A B` (`alpha / sqrt(r)` with rslora).
       targets: `all-linear` (every projection, no head) or a list of Hugging Face module names.
-      dropout: applied to the adapter's input in training; in projections and experts, not in routers, embedding and head.
+      dropout: of the adapter's input in training; in projections and experts, not in routers, embedding and head.
       rslora: rank-stabilised scale (2312.03732).
       dora: weight-decomposed adapters (2402.09353).
       init: `default` (A Kaiming-uniform, B zero), or `pissa` (principal components of the weight, 2404.02948; the
