@@ -157,8 +157,8 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
     plan = None
     if base is not None and config.mup is not None:
         plan = mup.plan_tree(trained, cfg, base, config.mup, config.optimizer.name)
-        # A finished model under adapters computes what it does; muP's rates alone are theirs.
-        cfg = cfg if config.lora is not None and config.model.path is not None else mup.apply_to(cfg, plan)
+        # The weights of a directory hold the forward factors already; muP's rates alone are for them.
+        cfg = cfg if config.model.path is not None else mup.apply_to(cfg, plan)
     compute = make_compute(config, cfg, mesh)
     attention_backend(config, cfg, compute)
     passes = getattr(config.objective, "epochs", 1)
