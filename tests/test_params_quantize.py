@@ -225,7 +225,7 @@ def test_model_and_gradients_are_those_of_the_dequantised_weights(cfg, kind, com
 
 def test_generation_takes_quantised_weights():
     quantised = quantize(params_of(DENSE), "nf4-double")
-    prompts = [[1, 2, 3], [4, 5]]
+    prompts = [[1, 2, 3]]
     ids = jaxlm.generate(DENSE, {"params": quantised}, prompts, max_new_tokens=4)
     assert ids == jaxlm.generate(DENSE, {"params": dequantize(quantised)}, prompts, max_new_tokens=4)
 
@@ -261,8 +261,8 @@ def test_sharded_is_single(sizes):
     run = jax.jit(jax.value_and_grad(value), static_argnums=2)
     expected, wanted = run(quantised["embed"], quantised, Compute())
     with jax.set_mesh(mesh):
-        got, gradient = run(placed["embed"], placed, Compute(constrain=place.constrain(mesh), mesh=mesh))
         compiled = run.lower(placed["embed"], placed, Compute(constrain=place.constrain(mesh), mesh=mesh)).compile()
+        got, gradient = compiled(placed["embed"], placed)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
     np.testing.assert_allclose(gradient["kernel"], wanted["kernel"], rtol=1e-3, atol=1e-4)
     # Codes and scales travel, once forward and once backward, not the values that they stand for.
