@@ -16,6 +16,8 @@ from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import LoraConfig, ModelConfig, MoEConfig
 from jaxlm.nn.kernels.grouped_matmul import BACKENDS
 from jaxlm.nn.moe import MoE
+from jaxlm.nn.qtensor import dequantise, is_qtensor
+from jaxlm.params.quantize import quantize
 
 CFG = ModelConfig(d_model=8, n_layers=2, n_heads=2, vocab_size=7, moe=MoEConfig(experts=5, top_k=2, d_ff=6))
 X = np.random.default_rng(0).standard_normal((2, 7, 8)).astype("float32")
@@ -226,3 +228,20 @@ def test_adapters_of_experts_are_as_if_merged():
     y, _ = MoE(cfg, Compute()).apply({"params": params, "lora": adapter}, X, SEGMENTS)
     wanted, _ = MoE(CFG, Compute()).apply({"params": merged}, X, SEGMENTS)
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_quantised_experts_are_their_dequantised_selves():
+    cfg = dataclasses.replace(CFG, d_model=64, moe=dataclasses.replace(CFG.moe, d_ff=64))
+    x = np.random.default_rng(4).standard_normal((2, 7, 64)).astype("float32")
+    params = MoE(cfg, Compute()).init(jax.random.key(0), x)["params"]
+    packed = quantize({"layers": {"mlp": jax.tree.map(lambda w: w[None], params)}}, "nf4")["layers"]["mlp"]
+    packed = jax.tree.map(lambda w: w[0], packed)
+    assert is_qtensor(packed["up"]["kernel"]) and not is_qtensor(packed["router"]["kernel"])
+    plain = jax.tree.map(lambda w: dequantise(w) if is_qtensor(w) else w, packed, is_leaf=is_qtensor)
+
+    def loss(x, params):
+        y, aux = MoE(cfg, Compute(grouped="ragged")).apply({"params": params}, x, SEGMENTS)
+        return jnp.sum(jnp.sin(y)) + aux["moe/balance"]
+
+    for got, wanted in zip(*(jax.jit(jax.value_and_grad(loss))(x, tree) for tree in (packed, plain))):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
