@@ -187,8 +187,8 @@ def concatenated(batch_of=sequences):
     return batch
 
 
-@pytest.mark.parametrize("beta, gamma", [(2.0, 1.0), (0.7, 0.3)])
-def test_simpo_is_that_of_trl(beta, gamma):
+def test_simpo_is_that_of_trl():
+    beta, gamma = 1.7, 0.6
     model = peer(0)
     trainer = stub(CPOTrainer, beta=beta, simpo_gamma=gamma, loss_type="simpo", label_smoothing=0.0, alpha=0.0)
     trainer.cpo_alpha, trainer.pad_token_id = 0.0, 0
@@ -197,9 +197,8 @@ def test_simpo_is_that_of_trl(beta, gamma):
     compare(mine, wanted, {name: metrics[name] for name in PAIR_METRICS}, gradients(model, wanted))
 
 
-@pytest.mark.parametrize("beta", [0.1, 1.5])
-def test_orpo_is_that_of_trl(beta):
-    model = peer(0)
+def test_orpo_is_that_of_trl():
+    model, beta = peer(0), 1.5
     trainer = stub(ORPOTrainer, beta=beta, padding_value=0)
     wanted, metrics = trainer.get_batch_loss_metrics(model, concatenated())
     mine = measure(OrpoConfig(beta=beta), *ours(model), pairs())
@@ -207,9 +206,8 @@ def test_orpo_is_that_of_trl(beta):
     compare(mine, wanted, {name: metrics[name] for name in names}, gradients(model, wanted))
 
 
-@pytest.mark.parametrize("labels", [[True, False, True, True], [False, True, False, False]])
-def test_kto_is_that_of_trl(labels):
-    model, other = peer(0), peer(2)
+def test_kto_is_that_of_trl():
+    model, other, labels = peer(0), peer(2), [True, False, True, True]
     trainer = stub(KTOTrainer, model=model, ref_model=other, beta=0.2, desirable_weight=1.3, undesirable_weight=0.6)
     trainer.loss_type, trainer.calculate_KL = "kto", True
     trainer.args = types.SimpleNamespace(gradient_checkpointing_kwargs=None)
@@ -221,7 +219,7 @@ def test_kto_is_that_of_trl(labels):
     ]
     inputs = DataCollatorForUnpairedPreference(pad_token_id=0)(examples)
     wanted = trainer._compute_loss(model, inputs, False)
-    names = ["kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"]
+    names = ["kl", *PAIR_METRICS[:3], *PAIR_METRICS[4:]]
     metrics = {name: trainer._metrics["eval"][name][0] for name in names}
     assert metrics["kl"] > 0.1, "the clamp must not hide what is compared"
     # In another order, told apart by their numbers.

@@ -26,7 +26,8 @@ def kto(config: KtoConfig) -> Objective:
 
     Batches have rows [B, L], `label` [B] (whether the completion is desirable) and, if the rows of a step shall be
     matched independently of their order, their numbers `row` [B]. Metrics: `kl` (that is z), and `rewards/chosen`,
-    `rewards/rejected`, `logps/chosen`, `logps/rejected`, means over the desirable and over the other rows.
+    `rewards/rejected`, `logps/chosen`, `logps/rejected`, means over the desirable and over the other rows, and
+    `rewards/margins`, their difference.
     """
 
     def prepare(apply: Apply, params: Variables, frozen: Variables, batch: Batch, key: Array | None) -> Batch:
@@ -59,6 +60,7 @@ def kto(config: KtoConfig) -> Objective:
         for name, side in sides.items():
             metrics[f"rewards/{name}"] = jnp.sum(jnp.where(side, config.beta * ratios, 0.0)) / weights[name]
             metrics[f"logps/{name}"] = jnp.sum(jnp.where(side, completions.log_probs, 0.0)) / weights[name]
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics["kl"] = jnp.sum(jnp.where(real, batch["kl"], 0.0)) / weights["rows"]
         total = jnp.sum(jnp.where(real, losses, 0.0)) / weights["rows"]
         return total + auxiliary, jax.lax.stop_gradient(metrics)
