@@ -10,9 +10,13 @@ import pytest
 import jaxlm
 from jaxlm import config as configs
 from jaxlm import tree
+from jaxlm.cli import main
 from jaxlm.data.tokenizer import train_tokenizer
+from jaxlm.evals.subject import load_subject
+from jaxlm.interop.load import text_directory
 from jaxlm.nn.config import ModelConfig
 from jaxlm.training import checkpoint
+from jaxlm.training.export import export
 from jaxlm.training.loop import train
 
 
@@ -94,6 +98,17 @@ def test_only_adapters_move_and_only_they_are_saved(run, place):
     assert saved.meta["base"]
 
 
+def test_a_run_of_adapters_is_a_model(run, place, tmp_path, capsys):
+    """It speaks, is scored and is quantised by its name alone, with the base's tokenizer where it has none."""
+    assert main(["generate", str(run), "--prompt", "red", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert set(load_subject(run).variables) == {"params", "lora"}
+    assert main(["quantize", str(run), str(tmp_path / "small"), "--kind", "int8"]) == 0
+    assert text_directory(run) == run / "hf"
+    shutil.copytree(run / "hf", tmp_path / "adapter", ignore=lambda _, names: [n for n in names if "token" in n])
+    assert text_directory(tmp_path / "adapter") == place / "base"
+
+
 def test_another_base_is_refused(run, place, tmp_path):
     """A base of the same shape and other weights would make nonsense of the adapters."""
     cfg, _ = jaxlm.load(place / "base")
@@ -105,6 +120,8 @@ def test_another_base_is_refused(run, place, tmp_path):
         jaxlm.save(place / "base", cfg, jaxlm.init(cfg, jax.random.key(9)), tokenizer=place / "tokenizer.json")
         with pytest.raises(ValueError, match="base"):
             train(configs.build(settings(place, other, steps=9)))
+        with pytest.raises(ValueError, match="base"):
+            export(other, tmp_path / "out", configs.load(other / "config.yaml"), print)
     finally:
         shutil.rmtree(place / "base")
         shutil.copytree(kept, place / "base")

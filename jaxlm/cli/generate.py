@@ -38,15 +38,15 @@ def command(
     from jaxlm.decode import console
     from jaxlm.decode.sampling import Choice
     from jaxlm.interop.chat import ChatTemplate
-    from jaxlm.interop.load import load, model_directory
+    from jaxlm.interop.load import load, text_directory
     from jaxlm.training.setup import use_compilation_cache
 
     use_compilation_cache()
-    directory = model_directory(model)
+    directory = text_directory(model)
     # What is missing beside the weights is said before they are read.
     template = ChatTemplate(directory) if chat else None
     tokenizer = load_tokenizer(str(directory), field="MODEL")
-    speaker = console.Speaker(*load(directory), tokenizer)
+    speaker = console.Speaker(*load(model), tokenizer)
     manner = console.Manner(max_new_tokens, Choice(**choice), stop)
     write = functools.partial(click.echo, nl=False)
     if template is None:

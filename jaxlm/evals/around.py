@@ -9,8 +9,7 @@ from jaxlm.dist import multihost
 from jaxlm.evals import compare
 from jaxlm.evals.run import Tasks, evaluate_subject, read_tasks
 from jaxlm.evals.subject import Subject, ends
-from jaxlm.interop import peft_config
-from jaxlm.interop.load import load_config, model_directory
+from jaxlm.interop.load import load_config, text_directory
 from jaxlm.training import loop
 from jaxlm.training.setup import Setup
 from jaxlm.types import Variables
@@ -61,7 +60,7 @@ def score(tasks: Tasks, setup: Setup, variables: Variables, directory: Path) -> 
       Values by `<task>/<metric>`.
     """
     path, compute = setup.config.model.path, setup.program.compute
-    files = Path(setup.config.run.dir) if path is None else peft_config.find(path) or model_directory(path)
+    files = Path(setup.config.run.dir) if path is None else text_directory(path)
     cfg, tokenizer = setup.program.cfg, setup.data.tokenizer
     prefix, end = ends(cfg, tokenizer, files)
     subject = Subject(

@@ -9,7 +9,7 @@ import jax
 
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.interop.chat import special_tokens
-from jaxlm.interop.load import load, model_directory
+from jaxlm.interop.load import load, text_directory
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.types import Variables
@@ -29,7 +29,7 @@ class Subject:
     Attributes:
       cfg, variables: the model.
       tokenizer: its tokenizer.
-      directory: where its files are.
+      directory: where its tokenizer is.
       compute: precision of the computation.
       batch_size: rows of a batch; half precision moves log-likelihoods with it, so it belongs to the result.
       prefix_id: what stands before a text without context: the tokenizer's beginning of text, else its end of text.
@@ -102,9 +102,9 @@ def load_subject(
     Raises:
       FileNotFoundError, ValueError: as `interop.load.load` and `load_tokenizer`.
     """
-    directory = model_directory(path)
+    directory = text_directory(path)
     tokenizer = load_tokenizer(directory, field="tokenizer")
-    cfg, variables = load(directory, dtype=dtype)
+    cfg, variables = load(path, dtype=dtype)
     if tokenizer.size > cfg.V:
         raise ValueError(
             f"{directory}: tokenizer.json has {tokenizer.size} tokens, the model {cfg.V}; use the model's own tokenizer"

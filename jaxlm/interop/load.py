@@ -119,6 +119,13 @@ def model_directory(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path / 'config.json'}: no such file; is this a model directory?")
 
 
+def text_directory(path: str | Path) -> Path:
+    """The directory with the tokenizer and the chat template of a model: its own; of an adapter that has none, the
+    base's. `path` and errors as in `load`."""
+    base, found = peft.locate(path, None)
+    return found if found is not None and (found / "tokenizer.json").is_file() else model_directory(base)
+
+
 def _read_config(directory: Path) -> tuple[ModelConfig, Family]:
     file = directory / "config.json"
     raw = safetensors.read_json(file)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxlm.interop import peft
 from jaxlm.interop.load import load, load_config, model_directory
 from jaxlm.interop.save import save
 from jaxlm.nn.qtensor import check_kind
@@ -39,7 +40,7 @@ def quantize_directory(
     folders = (Path(model), Path(model) / "hf")
     folder = next((f for f in folders if (f / "tokenizer.json").is_file()), None)
     save(out, cfg, variables, tokenizer=folder, own_form=True)
-    before, after = _size(model_directory(model)), _size(Path(out))
+    before, after = _size(model_directory(peft.locate(model, None)[0])), _size(Path(out))
     report(f"{after:.3g} MB of weights, {before:.3g} MB before")
 
 

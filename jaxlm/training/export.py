@@ -17,7 +17,7 @@ from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.objectives.forward import policy
 from jaxlm.params.quantize import merged_with_gap, quantize
 from jaxlm.training import checkpoint
-from jaxlm.training.frozen import whole
+from jaxlm.training.frozen import directory_hash, whole
 from jaxlm.training.setup import assemble, model_config
 from jaxlm.types import Tree, Variables
 
@@ -35,7 +35,7 @@ def export(run: str | Path, out: str | Path, config: "RunConfig | None", report:
       report: told which checkpoint that is.
 
     Raises:
-      ValueError, FileNotFoundError: `where: what; what to do`.
+      ValueError, FileNotFoundError: `where: what; what to do`; also where adapters are left without their base.
     """
     run = Path(run)
     finished = (run / "config.json").is_file() or (run / "hf" / "config.json").is_file()
@@ -59,6 +59,12 @@ def latest(run: Path, config: "RunConfig", report: Callable[[str], None]) -> tup
     if cfg.lora is None:
         return program.cfg, policy(trained, {})
     path = config.model.path
+    base_hash = (restored.meta.get("base") or {}).get("model")
+    if path is not None and base_hash not in (None, directory_hash(path)):
+        raise ValueError(
+            f"{path}: is not the base model any more that {run} was trained on; put that one back, as its adapters fit "
+            "no other"
+        )
     fresh = jax.jit(lambda: _quantised(program.base(), config.quantize))
     base = fresh() if path is None else whole(path, "auto", program.mesh, config.quantize)
     return program.cfg, policy(trained, {"params": base})
