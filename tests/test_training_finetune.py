@@ -104,6 +104,11 @@ def test_a_run_of_adapters_is_a_model(run, place, tmp_path, capsys):
     assert capsys.readouterr().out.strip()
     assert set(load_subject(run).variables) == {"params", "lora"}
     assert main(["quantize", str(run), str(tmp_path / "small"), "--kind", "int8"]) == 0
+    # As it is, it cannot be trained, which only its weights say; the attempt leaves nothing.
+    refused = settings(place, tmp_path / "refused") | {"model": {"path": str(tmp_path / "small")}, "lora": None}
+    with pytest.raises(ValueError, match="quantised as int8"):
+        train(configs.build(refused))
+    assert not (tmp_path / "refused").exists()
     assert text_directory(run) == run / "hf"
     shutil.copytree(run / "hf", tmp_path / "adapter", ignore=lambda _, names: [n for n in names if "token" in n])
     assert text_directory(tmp_path / "adapter") == place / "base"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxlm.optim import chain
 from jaxlm.training import evaluate, finish, lock, reference_cache, rollout, signals, stopping, teacher, teacher_cache
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.meta import compare_meta
+from jaxlm.training.metrics import METRICS_FILE
 from jaxlm.training.plan import check_limit
 from jaxlm.training.progress import Progress, open_progress
 from jaxlm.training.recorder import Recorder
@@ -58,6 +60,7 @@ def train(config: "RunConfig", scorer: Scorer | None = None) -> int:
         # Attention, head and tensor-parallel products share out their work by the mesh in force.
         stack.enter_context(jax.set_mesh(setup.program.mesh))
         stack.callback(progress.close)
+        stack.enter_context(_gone_if_refused(directory))
         stack.enter_context(lock.hold(directory, progress.message))
         stop = stack.enter_context(signals.catch(progress.message))
         for note in setup.data.notes:
@@ -65,6 +68,19 @@ def train(config: "RunConfig", scorer: Scorer | None = None) -> int:
         setup = teacher_cache.taught(setup, progress.message)
         setup = reference_cache.referred(setup, progress.message)
         return Run(setup, directory, progress, scorer).go(stop)
+
+
+@contextlib.contextmanager
+def _gone_if_refused(directory: Path) -> Iterator[None]:
+    """A first start that bad input ends before its first metrics leaves no directory."""
+    is_new = multihost.is_main() and not directory.exists()
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        file = directory / METRICS_FILE
+        if is_new and not (file.is_file() and file.stat().st_size):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 class Run:
