@@ -202,6 +202,8 @@ BROKEN = {
     "biases of B": ({"lora_bias": True}, {}, "lora_bias"),
     "a field of the future": ({"use_zora": True}, {}, "use_zora: True is not supported"),
     "a start that changed the base": ({"init_lora_weights": "olora"}, {}, "init_lora_weights: 'olora'"),
+    "a target that is misspelt": ({"target_modules": ["q_prj"]}, {}, "target_modules: .*'q_prj'.* does not name"),
+    "an expression for others": ({"target_modules": r".*\.v_proj"}, {}, "target_modules: .* does not name .*q_proj"),
     "a rank that is none": ({"r": 0}, {}, "r: 0 is not a whole number"),
     "another rank": ({"r": 3}, {}, r"q_proj.lora_A.weight: shape \[2, 16\], but .* asks for \[3, 16\]"),
     "a missing tensor": ({}, {Q: None}, f"{Q}: missing"),

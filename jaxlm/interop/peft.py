@@ -90,6 +90,7 @@ def configure(cfg: ModelConfig, directory: Path) -> ModelConfig:
     settings = peft_config.read(directory)
     cfg = dataclasses.replace(_with_family(cfg), lora=None)
     factors, whole = _read(cfg, directory / WEIGHTS)
+    peft_config.check_targets(directory, (module.name for module in factors))
     rest = _owners(whole) - {module.name for module in factors}
     saved = tuple(sorted(given for given in settings.modules_to_save if any(saves(given, name) for name in rest)))
     copies = {"model.embed_tokens", "transformer.wte", "lm_head"}

@@ -1,5 +1,6 @@
 """adapter_config.json of PEFT: what of it means something here, and what must be refused."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,32 @@ def read(directory: Path) -> LoraConfig:
         modules_to_save=tuple(raw.get("modules_to_save") or ()),
         base=raw.get("base_model_name_or_path"),
     )
+
+
+def check_targets(directory: Path, modules: Iterable[str]) -> None:
+    """Compare `target_modules`, where they alone say what is adapted, with the modules that have tensors, by their
+    names in the base.
+
+    Raises:
+      ValueError: naming the file and a module that none of them names. PEFT would leave that one out, so the file is
+        of another adapter, or one of its entries is misspelt.
+    """
+    file = directory / CONFIG
+    raw = safetensors.read_json(file)
+    targets = raw.get("target_modules")
+    if not targets or targets == "all-linear" or raw.get("target_parameters"):
+        return
+    for module in modules:
+        names = (module, module.partition(".")[2])
+        if isinstance(targets, str):
+            named = any(re.fullmatch(targets, name) for name in names)
+        else:
+            named = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+        if not named:
+            raise ValueError(
+                f"{file}: target_modules: {_short(targets)} does not name {module}, which {WEIGHTS} has tensors of; "
+                "mend the field, or take the file that belongs to these weights"
+            )
 
 
 def written(
