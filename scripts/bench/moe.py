@@ -176,7 +176,8 @@ def skewed(balance_: str, steps: int) -> list[float]:
 
     raw = {"run": {"dir": "runs/unused"}, "data": {"sequence_length": 64},
            "model": {"d_model": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 512,
-                     "moe": {"experts": 8, "top_k": 2, "d_ff": 64, "balance": balance_, "bias_rate": 0.01}},
+                     "moe": {"experts": 8, "top_k": 2, "d_ff": 64, "balance": balance_, "aux_weight": 0.03,
+                             "bias_rate": 0.01}},
            "train": {"steps": steps, "batch_size": 16}}  # fmt: skip
     setup = prepare(configs.build(raw))
     program = setup.program
@@ -187,7 +188,7 @@ def skewed(balance_: str, steps: int) -> list[float]:
     mean = jax.random.normal(jax.random.key(3), (64,))
     router["kernel"] = 0.1 * router["kernel"] + 0.1 * mean[None, :, None] * tilt[None, None, :]
     params["params"]["embed"]["kernel"] = params["params"]["embed"]["kernel"] + 0.05 * mean[None, :]
-    state = init_state(program.recipe, params)
+    state = jax.jit(functools.partial(init_state, program.recipe))(params)
     run = jax.jit(functools.partial(train_step, program.recipe), donate_argnums=0)
     loads = []
     for index in range(steps):
