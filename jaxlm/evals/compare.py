@@ -175,8 +175,9 @@ def describe(a: str | Path, b: str | Path) -> str:
             raise ValueError(f"{where}: no samples of {', '.join(missing)}; compare runs over the same tasks")
     found = {task: compare_files(files_a[task], files_b[task]) for task in files_a}
     adjusted = holm([comparison.p_value for comparison in found.values()])
+    remark = f" (Holm p {{}} over {len(found)} tasks)" if len(found) > 1 else ""
     blocks = [
-        f"task {task}\n{_text(comparison, p, f' (Holm p {p:.4f} over {len(found)} tasks)')}"
+        f"task {task}\n{_text(comparison, p, remark.format(_p(p)))}"
         for (task, comparison), p in zip(found.items(), adjusted, strict=True)
     ]
     return "\n".join(blocks)
@@ -189,9 +190,13 @@ def _text(c: Comparison, p_value: float | None = None, remark: str = "") -> str:
     low, high = c.interval
     return (
         f"items {c.items}   A {c.a:.4f}   B {c.b:.4f}   gained {c.gained}   lost {c.lost}   "
-        f"McNemar p {c.p_value:.4f} (exact)\n"
+        f"McNemar p {_p(c.p_value)} (exact)\n"
         f"difference {(c.gained - c.lost) / c.items:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]: {verdict}{remark}"
     )
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def _task_files(directory: Path) -> dict[str, Path]:

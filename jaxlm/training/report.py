@@ -16,6 +16,9 @@ CONFIG_FILE = "config.yaml"
 TABLE_ROWS = 8
 EARLIER_SAMPLES = 12
 BITS = "Validation bits per byte"
+NO_RESULTS = ("eval/loss", "eval/bits_per_byte", "eval/items")
+SCORES = ("acc", "accuracy", "accuracies", "exact_match", "reward")
+"""Last parts of the names of evaluations that come first among the results."""
 
 Columns = curves.Columns
 
@@ -122,7 +125,8 @@ def _figures(columns: Columns, summary: Summary) -> list[Figure]:
 
 def _results(columns: Columns) -> list[Figure]:
     """The last evaluation, else the reward."""
-    names = [name for name in columns if name.startswith("eval/") and name not in ("eval/loss", "eval/bits_per_byte")]
+    names = [name for name in columns if name.startswith("eval/") and name not in NO_RESULTS]
+    names.sort(key=lambda name: name.rsplit("/", 1)[-1] not in SCORES)  # stable: others keep their order
     names = names[:4] or [name for name in ("reward", "objective/scores") if name in columns]
     figures = []
     if score := _last(columns.get("eval/bits_per_byte", {})):
