@@ -67,7 +67,7 @@ class Output(NamedTuple):
     head: Head
     aux: dict[str, Array]
     cache: Any = None
-    states: dict[str, Array] = {}
+    states: dict[str, Array] = {}  # noqa: RUF012 - never changed, and a pytree, which a read-only mapping is not
 
 
 Apply = Callable[..., Output]
