@@ -13,7 +13,7 @@ from jaxlm.data.sources import Record
 from jaxlm.data.supervised import encode_samples, read_samples
 from jaxlm.data.supply import open_data
 from jaxlm.data.tokenizer import END_OF_TEXT, load_tokenizer
-from jaxlm.interop.chat import renderer, template_text
+from jaxlm.interop.chat import ChatTemplate, renderer, template_text
 from jaxlm.interop.templates import TEMPLATES
 
 PLAIN_CHATML = (
@@ -76,6 +76,21 @@ def test_named_templates_give_the_labels_of_transformers(name, talk, directory):
 
 UNMARKED = [(name, talk) for name in ("chatml", "alpaca", "plain chatml") for talk in TALKS]
 UNMARKED += [("mistral", talk) for talk in TALKS if talk != "system"]  # its template refuses system messages
+
+
+@pytest.mark.parametrize(
+    ("template", "ending"),
+    [
+        *[(TEMPLATES[name], "<|im_end|>" if name == "chatml" else "<|eot_id|>" if name == "llama3" else "</s>")
+          for name in TEMPLATES],
+        (PLAIN_CHATML, "<|im_end|>"),
+        (MISTRAL, "</s>"),
+        ("{{ messages[0].content }}", ""),
+        ("{{ raise_exception('no') }}", ""),
+    ],
+)  # fmt: skip
+def test_the_end_of_a_turn_is_told(template, ending, directory):
+    assert ChatTemplate(directory, source=template).ending() == ending
 
 
 @pytest.mark.parametrize(("name", "talk"), UNMARKED)

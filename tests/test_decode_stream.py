@@ -96,6 +96,17 @@ def test_a_talk_holds_all_turns():
     assert "".join(out).count("\n") >= 2
 
 
+def test_an_answer_ends_where_the_template_ends_a_turn():
+    speaker = console.Speaker(dataclasses.replace(CFG, eos_token_id=3), VARIABLES, TOKENIZER)
+    for ending, ends, stop in (
+        ("", 3, ()),
+        ("a", (3, TOKENIZER.encode("a")[0]), ()),
+        ("<|im_end|>", 3, ("<|im_end|>",)),
+    ):
+        ended, manner = console.ending_at(speaker, console.Manner(4), ending)
+        assert (ended.cfg.eos_token_id, manner.stop) == (ends, stop)
+
+
 def test_a_spread_model_writes_what_a_whole_one_does():
     mesh = meshes.make(MeshConfig(data=2, fsdp=2, tensor=2))
     spread = jax.device_put(STACKED, {"params": rules.shardings(STACKED["params"], mesh)})

@@ -53,6 +53,7 @@ def command(
         console.complete(speaker, prompt or "", manner, write)
     else:
         render = functools.partial(template.render, add_generation_prompt=True)
+        speaker, manner = console.ending_at(speaker, manner, template.ending())
         console.talk(speaker, render, manner, _lines(), write)
 
 

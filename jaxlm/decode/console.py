@@ -1,5 +1,6 @@
 """A model at the terminal: continue a prompt, or talk."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,18 @@ class Manner(NamedTuple):
     max_new_tokens: int = 64
     choice: Choice = Choice()
     stop: tuple[str, ...] = ()
+
+
+def ending_at(speaker: Speaker, manner: Manner, ending: str) -> tuple[Speaker, Manner]:
+    """Speaker and manner for answers that also end where the chat template ends a turn, whatever the model's own end:
+    at that token, or before that text where it is no token of its own."""
+    ids = speaker.tokenizer.backend.encode(ending, add_special_tokens=False).ids
+    if len(ids) == 1:
+        known = speaker.cfg.eos_token_id
+        ends = known if isinstance(known, tuple) else () if known is None else (known,)
+        ends = tuple(dict.fromkeys((*ends, *ids)))
+        return speaker._replace(cfg=dataclasses.replace(speaker.cfg, eos_token_id=ends)), manner
+    return speaker, manner._replace(stop=(*manner.stop, ending)) if ids else manner
 
 
 def complete(speaker: Speaker, prompt: str, manner: Manner, write: Callable[[str], None]) -> None:

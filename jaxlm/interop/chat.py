@@ -118,6 +118,15 @@ class ChatTemplate:
             found.append((start, start + len(rest) if rest.endswith(self._ends) else stop))
         return text, found
 
+    def ending(self) -> str:
+        """What ends an assistant's turn, e.g. `<|im_end|>`; empty where the template writes nothing, or none alone."""
+        chat = _conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARKER}])
+        try:
+            text, _ = self._run(chat, False, None, {})
+        except ValueError:
+            return ""
+        return text.partition(MARKER)[2].strip().partition("\n")[0].strip()
+
     def _turn(
         self, text: str, chat: list[dict], turn: int, after: int, variables: Mapping[str, Any]
     ) -> tuple[int, int]:
