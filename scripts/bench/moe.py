@@ -205,8 +205,9 @@ def balances(steps: int) -> dict[str, Any]:
     return {"steps": steps, "last tenth": last, "every twentieth": shown}
 
 
-def quality(steps: int, seeds: int) -> dict[str, Any]:
-    """Held-out bits per byte of the recipe and of its twin at equal active FLOPs, `seeds` runs of `steps` each."""
+def quality(steps: int, seeds: int, width: int) -> dict[str, Any]:
+    """Held-out bits per byte of the recipe, made `width` wide, and of its twin at equal active FLOPs, `seeds` runs of
+    `steps` each."""
     import tempfile
 
     from jaxlm import config as configs
@@ -214,15 +215,22 @@ def quality(steps: int, seeds: int) -> dict[str, Any]:
     from jaxlm.training.metrics import columns, read
 
     found: dict[str, list[float]] = {}
+    sizes = {"moe_8x_top2": f"model.moe.d_ff={2 * width}", "moe_8x_top2_dense": f"model.d_ff={4 * width}"}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("moe_8x_top2", "moe_8x_top2_dense"):
+        for name, size in sizes.items():
             for seed in range(seeds):
                 run = f"{folder}/{name}-{seed}"
                 given = [f"run.dir={run}", f"run.seed={seed}", f"train.steps={steps}", f"train.eval_every={steps}"]
+                given += [f"model.d_model={width}", size, "train.eval_batches=null", "train.prompts=[]"]
                 train(configs.load(str(ROOT / "configs" / f"{name}.yaml"), given))
                 values = columns(read(f"{run}/metrics.jsonl"))["eval/bits_per_byte"]
                 found.setdefault(name, []).append(values[steps])
-    return {"steps": steps, "bits per byte": found, "mean": {n: statistics.mean(v) for n, v in found.items()}}
+    return {
+        "steps": steps,
+        "width": width,
+        "bits per byte": found,
+        "mean": {n: statistics.mean(v) for n, v in found.items()},
+    }
 
 
 @click.command()
@@ -230,11 +238,12 @@ def quality(steps: int, seeds: int) -> dict[str, Any]:
 @click.option("--rounds", default=7, show_default=True, help="Turns of each case.")
 @click.option("--steps", default=300, show_default=True, help="Steps of balance and quality.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of quality.")
+@click.option("--width", default=256, show_default=True, help="Width of the models of quality.")
 @click.option("--save", is_flag=True, help="Keep the result in scripts/bench/results/.")
-def main(part: str, rounds: int, steps: int, seeds: int, save: bool) -> None:
+def main(part: str, rounds: int, steps: int, seeds: int, width: int, save: bool) -> None:
     """Measure one part and print it as JSON."""
     result = {"cost": lambda: cost(rounds), "peers": lambda: peers(rounds), "balance": lambda: balances(steps),
-              "quality": lambda: quality(steps, seeds)}[part]()  # fmt: skip
+              "quality": lambda: quality(steps, seeds, width)}[part]()  # fmt: skip
     text = json.dumps({"part": part} | result | {"environment": surroundings()}, indent=1)
     click.echo(text)
     if save:
