@@ -251,7 +251,7 @@ REFUSED = {
     "gemma3_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "mrope_section": [1]}}},
     "mixtral": {"num_hidden_layers": "two"},
     "qwen3_moe": {"num_experts": 0},
-    "olmoe": {"architectures": ["OlmoeForSequenceClassification"]},
+    "olmoe": {"architectures": ["OlmoeForTokenClassification"]},
 }
 
 
