@@ -57,6 +57,10 @@ REFUSED = {
     "near, deep": ("model: {moe: {topk: 2}}", "model.moe.topk: unknown field; did you mean top_k?"),
     "elsewhere": ("learning_rate: 1", "learning_rate: unknown field; did you mean optimizer.learning_rate?"),
     "elsewhere, in a section": ("train: {rho: 1}", "train.rho: unknown field; did you mean optimizer.sam.rho?"),
+    "of another kind": (
+        "objective: {kind: ppo, group_size: 2}",
+        "objective.group_size: unknown field; objective.kind is ppo, and it goes with grpo; leave it out",
+    ),
     "nowhere": ("run: {zzz: 1}", "run.zzz: unknown field; run has dir, seed"),
     "unknown section": ("zzz: 1", "zzz: unknown field; the sections are run, model, data, objective, train"),
     "text for a number": (

@@ -57,6 +57,8 @@ def test_a_given_mixture_replaces_the_directorys_field_by_field():
     assert adopt(section, frozenset({"model.moe.top_k"}), sparse).moe == MoEConfig(experts=16, top_k=1)
     assert adopt(ModelSection(path="there"), frozenset(), sparse).moe == sparse.moe
     assert adopt(section, frozenset({"model.moe.top_k"}), DIRECTORY).moe == section.moe
+    with pytest.raises(ValueError, match=r"^model\.moe\.experts: 8 contradicts 16 in there; remove the field"):
+        adopt(section, frozenset({"model.moe.experts"}), sparse)
 
 
 def test_a_factor_stretches_the_context_of_a_directory():

@@ -49,6 +49,8 @@ def test_narrow_inputs_take_the_wider_dtype(name):
 def test_linear_is_a_mean_or_a_sum():
     total = 0.2 * LEFT - 0.7 * RIGHT
     np.testing.assert_allclose(methods.linear([LEFT, RIGHT], [0.2, -0.7], normalize=False), total, atol=1e-6)
+    with pytest.raises(ValueError, match="weight: adds up to 0"):
+        methods.linear([LEFT, RIGHT], [0.5, -0.5])
     np.testing.assert_allclose(methods.linear([LEFT, RIGHT], [0.2, -0.7]), total / -0.5, atol=1e-5)
     np.testing.assert_allclose(methods.linear([LEFT, RIGHT], [1, 3]), methods.linear([RIGHT, LEFT], [6, 2]), atol=1e-6)
 

@@ -64,14 +64,16 @@ def test_other_settings_may_change(field, value):
     ("hashes", "words"),
     [
         ({"tokenizer": "t1"}, '^tokenizer: "t0" in the checkpoint, "t1" now'),
-        ({"data": {"sha": "d1", "rows": 10}}, r'^data content\.sha: "d0" in the checkpoint, "d1" now'),
+        ({"data": {"sha": "d1", "rows": 10}}, r'^data content \(sha\): "d0" in the checkpoint, "d1" now'),
         ({"data": "d1"}, r"^data content: {.*} in the checkpoint"),
         ({"base": "b1"}, '^base model: null in the checkpoint, "b1" now'),
+        ({"base": {"teacher": "b1"}}, r'^base model \(objective.teacher\): "b0" in the checkpoint, "b1" now'),
     ],
 )
 def test_other_contents_are_refused_by_name(hashes, words):
+    before = {"teacher": "b0"} if isinstance(hashes.get("base"), dict) else None
     with pytest.raises(ValueError, match=words):
-        compare_meta(description(), description(**hashes))
+        compare_meta(description(base=before), description(**hashes))
 
 
 def test_both_values_of_the_first_field_and_the_names_of_the_others_are_shown():

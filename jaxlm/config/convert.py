@@ -41,7 +41,9 @@ def convert(section: type[T], raw: Any, where: str = "", *, kinds: Kinds | None 
     fields = {field.name: field for field in dataclasses.fields(chosen)}
     for key in raw:
         if key not in fields:
-            raise ValueError(f"{_join(where, key)}: unknown field; {_advice(key, where, list(fields), root, kinds)}")
+            advice = _of_other_kinds(key, where, raw, kinds.get(section, {}))
+            advice = advice or _advice(key, where, list(fields), root, kinds)
+            raise ValueError(f"{_join(where, key)}: unknown field; {advice}")
     values: dict[str, Any] = {}
     for key, value in raw.items():
         path, inner = _join(where, key), _dataclass_in(hints[key])
@@ -92,6 +94,15 @@ def _leaf(hint: Any, value: Any, where: str, default: Any) -> Any:
         expected = "a finite number" if unfit else _or(_words(hint))
         todo = "give one" if default is dataclasses.MISSING else f"the default is {_plain(default)}"
         raise ValueError(f"{where}{steps}: expected {expected}, got {_shown(value)}; {todo}") from None
+
+
+def _of_other_kinds(key: str, where: str, raw: dict, table: Mapping[str, Any]) -> str:
+    """What to do about a field that only other kinds of the section have; nothing where they have not."""
+    having = [name for name, kind in table.items() if key in [field.name for field in dataclasses.fields(kind)]]
+    if not having:
+        return ""
+    kind = raw.get("kind", next(iter(table)))
+    return f"{_join(where, 'kind')} is {kind}, and it goes with {_or(having)}; leave it out or change the kind"
 
 
 def _advice(key: str, where: str, known: list[str], root: type, kinds: Kinds) -> str:

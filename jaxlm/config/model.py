@@ -113,8 +113,20 @@ def adopt(section: ModelSection, given: frozenset[str], directory: ModelConfig) 
             )
         if f"model.{name}" in given and ours is not None and ours != held:
             raise ValueError(f"model.{name}: {ours} contradicts {held} in {section.path}; remove the field")
-    moe = _merged("moe", section.moe, given, directory.moe)
+    moe = _of_same_size(_merged("moe", section.moe, given, directory.moe), directory.moe, section.path)
     return dataclasses.replace(section, **theirs, moe=moe, rope=_adopt_rope(section.rope, given, directory))
+
+
+def _of_same_size(ours: MoEConfig | None, theirs: MoEConfig | None, path: str | None) -> MoEConfig | None:
+    """The settings of a mixture, whose sizes its weights say already."""
+    if ours is None or theirs is None:
+        return ours
+    ours = dataclasses.replace(ours, d_ff=theirs.d_ff if ours.d_ff is None else ours.d_ff)
+    for name in ("experts", "d_ff", "n_shared_experts", "dense_layers"):
+        given, held = getattr(ours, name), getattr(theirs, name)
+        if given != held:
+            raise ValueError(f"model.moe.{name}: {given} contradicts {held} in {path}; remove the field")
+    return ours
 
 
 def _adopt_rope(ours: RopeSection | None, given: frozenset[str], directory: ModelConfig) -> RopeSection:

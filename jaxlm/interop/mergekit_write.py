@@ -253,7 +253,7 @@ def _check_fit(one: Output, arranged: bool) -> None:
     models = [one.part.sources[i.source].model for i in one.inputs]
     if len(shapes) > 1:
         named = ", ".join(f"{m}: {list(i.tensor.shape)}" for m, i in zip(models, one.inputs, strict=True))
-        rows = one.name.endswith(VOCABULARY) and not arranged
+        rows = one.name.endswith(VOCABULARY) and not arranged and len({shape[1:] for shape in shapes}) == 1
         advice = "; set tokenizer_source (base or union) to put them in one order" if rows else "; they must be equal"
         raise ValueError(f"{one.inputs[0].name}: shapes differ ({named}){advice}")
 

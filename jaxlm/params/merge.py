@@ -69,15 +69,19 @@ def linear(tensors: Sequence[Array], weights: Sequence[float], *, normalize: boo
 
     Args:
       tensors: of equal shape and dtype. weights: one each.
+
+    Raises:
+      ValueError: normalised weights that add up to 0.
     """
     dtype = tensors[0].dtype
     wide = _wide(dtype)
+    whole = sum(map(wide.type, weights), wide.type(0)) if normalize else wide.type(1)
+    if not whole:
+        raise ValueError("weight: adds up to 0 over the models; change one, or set normalize to false")
     total = jnp.zeros(tensors[0].shape, wide)
     for x, weight in zip(tensors, weights, strict=True):
         total = _add_scaled(total, x, wide.type(weight))
-    if normalize:
-        total = total / sum(map(wide.type, weights), wide.type(0))
-    return total.astype(dtype)
+    return (total / whole).astype(dtype)
 
 
 def slerp(base: Array, other: Array, t: float) -> Array:

@@ -112,6 +112,11 @@ def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, f
     for name, directory in directories(config).items():
         if name in wanted:
             found[name] = load(directory, dtype, mesh=mesh)[1]
+            if name == "reward" and not {"score"} & {part for tree in found[name].values() for part in tree}:
+                raise ValueError(
+                    f"objective.rewards: {directory}: is no reward model, as its weights have no score head; train one "
+                    "(objective.kind reward), or name a function as path/file.py:function"
+                )
     path = config.model.path
     if "params" in wanted:
         found["params"] = whole(path, dtype, mesh, config.quantize) if path else _fresh_base(config, wanted, fresh)

@@ -19,6 +19,9 @@ CONFIG_FIELDS = (
 HASHES = {"base": "base model", "tokenizer": "tokenizer", "data": "data content"}
 """Keys of the description that hold content hashes, with their names in messages."""
 
+MODELS = {"model": "model.path", "teacher": "objective.teacher", "reward": "objective.rewards"}
+"""The fields that name the models whose hashes are under `base`."""
+
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that write or read a state; absent ones are left out."""
@@ -52,7 +55,8 @@ def compare_meta(saved: dict[str, Any], current: dict[str, Any]) -> None:
         for difference in _differing(field, _at(saved["config"], field), _at(current["config"], field))
     ]
     for key, name in HASHES.items():
-        differences.extend(_differing(name, saved.get(key), current.get(key)))
+        found = _differing("", saved.get(key), current.get(key))
+        differences.extend((_hashed(name, part), before, now) for part, before, now in found)
     if not differences:
         return
     (field, before, now), *rest = differences
@@ -61,6 +65,12 @@ def compare_meta(saved: dict[str, Any], current: dict[str, Any]) -> None:
         f"{field}: {_short(before)} in the checkpoint, {_short(now)} now{others}; "
         "go back to the settings of the run, or choose another run.dir"
     )
+
+
+def _hashed(name: str, part: str) -> str:
+    """`base model`, or `base model (objective.teacher)` where there are several, for messages."""
+    part = part.removeprefix(".")
+    return f"{name} ({MODELS.get(part, part)})" if part else name
 
 
 def _at(config: Any, field: str) -> Any:
