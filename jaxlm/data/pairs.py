@@ -53,7 +53,10 @@ def read_pairs(records: Iterable[Record], render: Render | None = None) -> Itera
 def read_labelled(records: Iterable[Record], render: Render | None = None) -> Iterator[Pair]:
     """Rows with one completion and a label; errors as in `read_pairs`."""
     for record in records:
-        label = record.fields.get("label")
+        if "label" not in record.fields:
+            there = ", ".join(record.fields)
+            raise ValueError(f'{record.where}: no field "label" (there are: {there}); give true (desirable) or false')
+        label = record.fields["label"]
         if not isinstance(label, bool | np.bool_):
             raise ValueError(f'{record.where}: field "label" is {label!r}; give true (desirable) or false')
         yield Pair(_sides(record, ("completion",), render), float(label))
