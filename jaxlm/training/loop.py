@@ -63,11 +63,13 @@ def train(config: "RunConfig", scorer: Scorer | None = None) -> int:
         stack.enter_context(_gone_if_refused(directory))
         stack.enter_context(lock.hold(directory, progress.message))
         stop = stack.enter_context(signals.catch(progress.message))
-        for note in setup.data.notes:
-            progress.message(note)
         setup = teacher_cache.taught(setup, progress.message)
         setup = reference_cache.referred(setup, progress.message)
-        return Run(setup, directory, progress, scorer).go(stop)
+        run = Run(setup, directory, progress, scorer)
+        # Only now, so that what refuses a run says little else.
+        for note in setup.data.notes:
+            progress.message(note)
+        return run.go(stop)
 
 
 @contextlib.contextmanager
