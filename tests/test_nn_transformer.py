@@ -206,6 +206,8 @@ def test_bfloat16_is_close_and_keeps_parameters_float32():
 def test_an_id_outside_the_vocabulary_is_named():
     with pytest.raises(ValueError, match="id 31 in row 1, column 2"):
         transformer.logits(SMALL, model(SMALL), [[1, 2, 3], [1, 2, 31]])
+    with pytest.raises(ValueError, match=r"tokens: not integers .* rows of one length"):
+        transformer.logits(SMALL, model(SMALL), [[1, 2, 3], [1]])
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own():
     batch = jnp.concatenate([TOKENS, TOKENS[::-1]])
     run = jax.jit(transformer.apply, static_argnames=("cfg", "compute"))
     variables = {"params": params, "lora": tree}
-    hidden = run(cfg, variables, batch, adapters=jnp.asarray(rows), compute=FAST).hidden
+    hidden = run(cfg, variables, batch, adapters=rows, compute=FAST).hidden
     for row, which in enumerate(rows):
         alone = {"params": params}
         single = UNTIED

@@ -113,6 +113,12 @@ def _interrupt_at(directory, step, number):
     return thread
 
 
+def test_fewer_steps_than_were_taken_are_refused(straight, text):
+    with pytest.raises(ValueError, match=r"train\.steps: 8, but .* is at step 12 already"):
+        train(settings(text, straight, steps=8))
+    assert configs.load(straight / "config.yaml").train.steps == 12
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(straight, text, tmp_path, number, code, capfd):
     directory = tmp_path / "run"

@@ -47,6 +47,7 @@ def attach(cfg: ModelConfig, variables: Variables, rows: Array | None = None) ->
         elif path == "embed" and "magnitude" in node:
             kept[path] = node | {"factor": dora_factor(get(params, path)["kernel"], node)}
         elif rows is not None:
+            rows = jnp.asarray(rows, jnp.int32)
             # The walk over layers cuts the first axis of every leaf.
             spread = rows if _single(path) else jnp.broadcast_to(rows[None], (node["a"].shape[0], *rows.shape))
             kept[path] = node | {"rows": spread}

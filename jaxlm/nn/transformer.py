@@ -162,7 +162,10 @@ def _logits(
 
 def _checked(name: str, values: Array, tokens: Array, vocabulary: int) -> Array:
     """int32 [B, L]; ids are looked at unless they are being traced. Out of range, a gather would clip in silence."""
-    array = jnp.asarray(values, jnp.int32)
+    try:
+        array = jnp.asarray(values, jnp.int32)
+    except ValueError:
+        raise ValueError(f"{name}: not integers [B, L]; rows of one length are needed, pad the shorter ones") from None
     if array.ndim != 2 or array.shape != np.shape(tokens):
         raise ValueError(f"{name}: shape {array.shape}, tokens {np.shape(tokens)}; give integers [B, L] for all")
     if name == "tokens" and not isinstance(array, jax.core.Tracer):

@@ -169,6 +169,11 @@ class Run:
         if restored is None:
             params = teacher.student(config, program, frozen)
             return start(config.model.path, program, frozen, params), settle(program, frozen), 0
+        if restored.step > self.train.steps:
+            raise ValueError(
+                f"train.steps: {self.train.steps}, but {self.directory} is at step {restored.step} already; raise it, "
+                "or choose another run.dir"
+            )
         self.stopping = stopping.from_json(restored.meta["stopping"])
         self.seconds = float(restored.meta["seconds"])
         self.progress.message(f"resuming {self.directory} at step {restored.step}")
