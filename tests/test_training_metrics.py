@@ -1,5 +1,6 @@
 """Metrics file, throughput and progress: nothing is lost, nothing is invented."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -157,7 +158,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", ["dense", "plain"])
+CONFIGS["shared"] = dataclasses.replace(
+    CONFIGS["experts"], moe=MoEConfig(experts=4, top_k=4, d_ff=24, n_shared_experts=2, dense_layers=(1,))
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_counted_weights_are_those_of_the_model(name):
     from jaxlm.nn.transformer import init
 
@@ -172,6 +178,10 @@ def test_experts_count_as_far_as_they_are_active():
     counts = throughput.matmul_parameters(CONFIGS["experts"])
     assert counts["up"] == 2 * 4 * 16 * 24 + 16 * CONFIGS["experts"].F
     assert counts["router"] == 2 * 16 * 4
+    assert throughput.idle_parameters(CONFIGS["experts"]) == 0 == throughput.idle_parameters(CONFIGS["dense"])
+    two = dataclasses.replace(CONFIGS["experts"], moe=MoEConfig(experts=4, top_k=2, d_ff=24, dense_layers=(1,)))
+    idle = sum(counts.values()) - sum(throughput.matmul_parameters(two).values())
+    assert throughput.idle_parameters(two) == idle == 2 * 2 * 3 * 16 * 24
 
 
 @pytest.mark.parametrize(("length", "window"), [(7, None), (7, 3), (7, 1), (7, 20)])

@@ -26,6 +26,13 @@ def test_a_plan_beyond_the_limit_is_shown_and_refused(config, capsys):
     assert main(["plan", str(config), "train.memory_limit=1"]) == 0
 
 
+def test_a_mixture_shows_what_is_active(config, capsys):
+    assert main(["plan", str(config), "model.moe={experts: 4, top_k: 1, d_ff: 48}"]) == 0
+    lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[:3])
+    counts = {name.strip(): int(count.replace(",", "")) for name, count in lines.items()}
+    assert counts["parameters"] - counts["active per token"] == 2 * 3 * 3 * 32 * 48
+
+
 @pytest.mark.parametrize(
     ("remat", "scan", "length"),
     [("none", True, 256), ("none", False, 64), ("dots", True, 128), ("block", True, 256), ("full", True, 128)],

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     """What is known of a run before it starts.
 
     Attributes:
-      parameters, trainable: numbers of weights.
+      parameters, trainable: numbers of weights. active: those that a token passes, without the experts not chosen.
       flops: model FLOPs of one optimiser step, over all devices.
       memory: bytes per device by formula. compiled: by the compiler's own account of the step, or None.
       rows: what every leaf is given.
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
 
     parameters: int
     trainable: int
+    active: int
     flops: float
     memory: Memory
     compiled: int | None
@@ -82,6 +83,7 @@ def of_program(config: "RunConfig", program: Program, compiled: bool = False) ->
     return Plan(
         parameters=count + tree.count(base),
         trainable=count,
+        active=count + tree.count(base) - throughput.idle_parameters(program.cfg),
         flops=flops,
         memory=memory(config, program),
         compiled=_compiled_bytes(config, program) if compiled else None,
@@ -165,6 +167,7 @@ def text(plan: Plan) -> str:
     """A plan as a table for a terminal."""
     lines = [
         f"parameters       {plan.parameters:>18,}",
+        *([f"active per token {plan.active:>18,}"] if plan.active != plan.parameters else []),
         f"trainable        {plan.trainable:>18,}",
         f"FLOPs per step   {plan.flops:>18.3g}",
         f"attention        {plan.attention:>18}",

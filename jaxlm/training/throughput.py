@@ -48,8 +48,8 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
 def matmul_parameters(cfg: ModelConfig) -> dict[str, int]:
     """Weights that one token is multiplied with, by projection, over all layers.
 
-    Of a mixture of experts only the `top_k` active ones count (and the router). The embedding is a lookup and does not
-    count; the head does, tied or not.
+    Of a mixture of experts only the `top_k` chosen and the shared ones count (and the router). The embedding is a
+    lookup and does not count; the head does, tied or not.
     """
     D, width = cfg.D, cfg.H * cfg.K
     counts = {"q": D * width, "k": D * cfg.G * cfg.K, "v": D * cfg.G * cfg.K, "o": width * D}
@@ -58,10 +58,19 @@ def matmul_parameters(cfg: ModelConfig) -> dict[str, int]:
     in_mlp = dense_layers * D * cfg.F
     if cfg.moe is not None:
         expert_layers = cfg.N - dense_layers
-        in_mlp += expert_layers * cfg.moe.top_k * D * (cfg.moe.d_ff or cfg.F)
+        in_mlp += expert_layers * (cfg.moe.top_k + cfg.moe.n_shared_experts) * D * (cfg.moe.d_ff or cfg.F)
         counts["router"] = expert_layers * D * cfg.moe.experts
     counts |= dict.fromkeys(("gate", "up", "down") if cfg.gated else ("up", "down"), in_mlp)
     return counts | {"unembed": D * cfg.V}
+
+
+def idle_parameters(cfg: ModelConfig) -> int:
+    """Weights of the experts that a token does not pass, over all layers; 0 without experts."""
+    if cfg.moe is None:
+        return 0
+    layers = len(set(range(cfg.N)) - set(cfg.moe.dense_layers))
+    expert = (3 if cfg.gated else 2) * cfg.D * (cfg.moe.d_ff or cfg.F)
+    return layers * (cfg.moe.experts - cfg.moe.top_k) * expert
 
 
 def visible_keys(cfg: ModelConfig, length: int) -> float:
