@@ -78,7 +78,7 @@ class Examples(NamedTuple):
       labels: bool [tokens]; whether the token is to be learnt (the first of an example never is: nothing predicts it).
       offsets: int64 [examples + 1]; example e is tokens[offsets[e]:offsets[e + 1]].
       truncated: how many examples were cut to the sequence length.
-      dropped: how many had no label left after that, and are not here.
+      dropped: how many had no label left after that, and are not here. where: the first of them, `file:line`.
     """
 
     tokens: np.ndarray
@@ -86,6 +86,7 @@ class Examples(NamedTuple):
     offsets: np.ndarray
     truncated: int = 0
     dropped: int = 0
+    where: str = ""
 
     @property
     def inputs(self) -> np.ndarray:

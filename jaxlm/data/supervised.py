@@ -91,6 +91,7 @@ def encode_samples(samples: Iterable[Sample], tokenizer: Tokenizer, length: int)
     tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     truncated = dropped = 0
+    where = ""
     for batch in _batches(samples):
         for sample, (ids, learnt) in zip(batch, encode(batch, tokenizer), strict=True):
             if not learnt[1:].any():
@@ -98,7 +99,7 @@ def encode_samples(samples: Iterable[Sample], tokenizer: Tokenizer, length: int)
             truncated += len(ids) > length + 1
             ids, learnt = ids[: length + 1], learnt[: length + 1]
             if not learnt[1:].any():
-                dropped += 1
+                dropped, where = dropped + 1, where or sample.where
                 continue
             tokens.append(ids)
             labels.append(learnt)
@@ -108,9 +109,8 @@ def encode_samples(samples: Iterable[Sample], tokenizer: Tokenizer, length: int)
         )
     offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
     empty = np.zeros(0, np.int32)
-    return Examples(
-        np.concatenate([empty, *tokens]), np.concatenate([empty.astype(bool), *labels]), offsets, truncated, dropped
-    )
+    joined = np.concatenate([empty, *tokens]), np.concatenate([empty.astype(bool), *labels])
+    return Examples(*joined, offsets, truncated, dropped, where)
 
 
 def encode(batch: list[Sample], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -332,9 +332,10 @@ def _examples(request: _Request, samples: list[Sample], tokenizer: Tokenizer, no
     examples = encode_samples(samples, tokenizer, request.config.sequence_length)
     _check_ids(request, examples, tokenizer)
     if examples.truncated:
+        first = f", the first at {examples.where}" if examples.dropped else ""
         notes.append(
             f"data: {examples.truncated} of {len(samples)} examples were cut to {request.config.sequence_length + 1} "
-            f"tokens; {examples.dropped} of them had no label left and were dropped"
+            f"tokens; {examples.dropped} of them{first} had no label left and were dropped"
         )
     return examples
 

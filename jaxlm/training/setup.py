@@ -103,7 +103,7 @@ def prepare(config: "RunConfig") -> Setup:
     mesh = meshes.make(config.mesh)
     load_rewards(getattr(config.objective, "rewards", ()))
     teacher = teachers.find(config)
-    directory = None if config.model.path is None else load_config(config.model.path)
+    directory = None if config.model.path is None else starting_point(config.model.path)
     tokenizer = None if directory is None else frozen_trees.model_tokenizer(config.model.path, directory)
     data = open_data(
         config.data,
@@ -126,6 +126,18 @@ def prepare(config: "RunConfig") -> Setup:
     loader = Loader(data.train, config.train.batch_size, config.run.seed)
     program = assemble(config, cfg, mesh)
     return Setup(config, program, data, loader, identity(config, data))
+
+
+def starting_point(path: str) -> ModelConfig:
+    """The architecture in the directory that `model.path` names.
+
+    Raises:
+      FileNotFoundError, ValueError: as `interop.load.load_config`, with the field where nothing is there.
+    """
+    try:
+        return load_config(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"model.path: {error}") from None
 
 
 def _own_form(cfg: ModelConfig) -> str | None:
