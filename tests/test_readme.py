@@ -36,6 +36,8 @@ def test_a_command_of_the_readme(folder, line, capsys):
     words = shlex.split(line)[1:]
     if words[0] == "train":
         words += [*SMALL, *SHORT, "mesh.data=8"]
+    if "configs/sft_lora.yaml" in words:
+        words += ["data.sequence_length=256", "data.mixture=null", "train.tasks=[]"]
     assert main(words) == 0, capsys.readouterr().err
     assert capsys.readouterr().out or words[0] == "train"
 
