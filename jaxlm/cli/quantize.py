@@ -11,7 +11,7 @@ from jaxlm.cli.command import Command
 @click.option("--kind", required=True, help="nf4, nf4-double (its scales quantised too) or int8.")
 @click.option("--dtype", default="auto", show_default=True, help="Of what is not quantised; auto: as it is stored.")
 def command(model: str, out: str, kind: str, dtype: str) -> None:
-    """Write a model with quantised weights as a Hugging Face directory.
+    """Write a model with its weights in 4 or 8 bits.
 
     MODEL is a Hugging Face directory or a run directory, whose adapter is merged first. OUT gets the projections of all
     layers in bitsandbytes' form (embedding, head, norms and routers as they are), and the tokenizer. Every command that

@@ -205,9 +205,9 @@ def balances(steps: int) -> dict[str, Any]:
     return {"steps": steps, "last tenth": last, "every twentieth": shown}
 
 
-def quality(steps: int, seeds: int, width: int) -> dict[str, Any]:
+def quality(steps: int, seeds: int, width: int, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Held-out bits per byte of the recipe, made `width` wide, and of its twin at equal active FLOPs, `seeds` runs of
-    `steps` each."""
+    `steps` each, with these overrides of both recipes."""
     import tempfile
 
     from jaxlm import config as configs
@@ -221,7 +221,7 @@ def quality(steps: int, seeds: int, width: int) -> dict[str, Any]:
             for seed in range(seeds):
                 run = f"{folder}/{name}-{seed}"
                 given = [f"run.dir={run}", f"run.seed={seed}", f"train.steps={steps}", f"train.eval_every={steps}"]
-                given += [f"model.d_model={width}", size, "train.eval_batches=null", "train.prompts=[]"]
+                given += [f"model.d_model={width}", size, "train.eval_batches=null", "train.prompts=[]", *overrides]
                 train(configs.load(str(ROOT / "configs" / f"{name}.yaml"), given))
                 values = columns(read(f"{run}/metrics.jsonl"))["eval/bits_per_byte"]
                 found.setdefault(name, []).append(values[steps])
@@ -235,15 +235,16 @@ def quality(steps: int, seeds: int, width: int) -> dict[str, Any]:
 
 @click.command()
 @click.argument("part", type=click.Choice(["cost", "peers", "balance", "quality"]))
+@click.argument("overrides", nargs=-1)
 @click.option("--rounds", default=7, show_default=True, help="Turns of each case.")
 @click.option("--steps", default=300, show_default=True, help="Steps of balance and quality.")
 @click.option("--seeds", default=3, show_default=True, help="Runs of quality.")
 @click.option("--width", default=256, show_default=True, help="Width of the models of quality.")
 @click.option("--save", is_flag=True, help="Keep the result in scripts/bench/results/.")
-def main(part: str, rounds: int, steps: int, seeds: int, width: int, save: bool) -> None:
+def main(part: str, rounds: int, steps: int, seeds: int, width: int, overrides: tuple[str, ...], save: bool) -> None:
     """Measure one part and print it as JSON."""
     result = {"cost": lambda: cost(rounds), "peers": lambda: peers(rounds), "balance": lambda: balances(steps),
-              "quality": lambda: quality(steps, seeds, width)}[part]()  # fmt: skip
+              "quality": lambda: quality(steps, seeds, width, overrides)}[part]()  # fmt: skip
     text = json.dumps({"part": part} | result | {"environment": surroundings()}, indent=1)
     click.echo(text)
     if save:
