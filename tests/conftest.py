@@ -1,11 +1,28 @@
 """Strict JAX for every test: silent broadcasting between ranks is an error."""
 
+import gc
 import os
+import pathlib
 
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+MAPS = 15_000
+"""Mapped regions of memory after which compiled programs are dropped. Each program maps several, Linux allows a process
+65,530, and the compiler ends in a segmentation fault when it gets no more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs are shared within a file, and let go behind it when there are many."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
