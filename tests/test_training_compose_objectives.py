@@ -135,3 +135,18 @@ def test_every_pair_trains_in_one_trace(row, teacher):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
     assert ("sam/sharpness" in metrics) == (config.optimizer.sam is not None)
     assert ("moe/load_max" in metrics) == (config.model.moe is not None)
+
+
+def test_adapters_taken_out_of_their_base_are_compared_with_the_model_as_it_was():
+    raw = {"model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 32}, "data": {"sequence_length": LENGTH}}
+    raw |= {"lora": {"r": 2, "init": "pissa"}, "train": {"batch_size": ROWS, "attention": "reference", "scan": False}}
+    config = configs.build(raw | {"objective": {"kind": "dpo"}})
+    program = setup.assemble(config, config.architecture(), meshes.make(config.mesh, jax.devices()[:1]))
+    with jax.set_mesh(program.mesh):
+        frozen = setup.load_frozen(config, program)
+        state, frozen = setup.start(None, program, frozen), setup.settle(program, frozen)
+        _, metrics = jax.jit(train_step, static_argnums=0)(program.recipe, state, frozen, batch("dpo"))
+    np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-5)
+    config = configs.build(raw | {"objective": {"kind": "dpo", "reference": "adapter-off"}})
+    with pytest.raises(ValueError, match=r"objective\.reference: adapter-off, but lora\.init pissa"):
+        setup.assemble(config, config.architecture(), program.mesh)

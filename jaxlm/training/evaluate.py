@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.dataset import Dataset
-from jaxlm.data.supply import LABELLED, PAIRS, PROMPTS, RUNNING, SUPERVISED
+from jaxlm.data.supply import LABELLED, PAIRS, PROMPTS
 from jaxlm.objectives.cross_entropy import cross_entropy
 from jaxlm.objectives.forward import policy
 from jaxlm.training import answers, preferences
 from jaxlm.training.setup import Setup, global_batch
-from jaxlm.training.step import Recipe
 from jaxlm.types import Apply, Array, Batch, Variables
 
 Evaluator = Callable[[Variables, Variables], dict[str, float]]
@@ -38,22 +37,16 @@ def make(setup: Setup) -> Evaluator:
         return answers.make(setup)
     if setup.config.objective.kind in PAIRS + LABELLED:
         return preferences.make(setup, batches_of)
-    recipe = setup.program.recipe
-    measure: Callable[[Variables, Variables, Iterable[Batch]], dict[str, float]]
-    if setup.config.objective.kind in RUNNING + SUPERVISED:
-        bytes_V = jnp.asarray(setup.data.token_bytes, jnp.float32)
-        score: Scorer = jax.jit(functools.partial(text_sums, recipe.apply, bytes_V))
+    bytes_V = jnp.asarray(setup.data.token_bytes, jnp.float32)
+    score: Scorer = jax.jit(functools.partial(text_sums, setup.program.recipe.apply, bytes_V))
 
-        def measure(params: Variables, frozen: Variables, batches: Iterable[Batch]) -> dict[str, float]:
-            return text_metrics(score, policy(params, frozen), batches)
-    else:
-        measure = functools.partial(objective_metrics, jax.jit(functools.partial(objective_sums, recipe)))
+    def measure(params: Variables, frozen: Variables, data: Dataset) -> dict[str, float]:
+        return text_metrics(score, policy(params, frozen), batches_of(setup, data))
 
     def evaluate(params: Variables, frozen: Variables) -> dict[str, float]:
-        values = measure(params, frozen, batches_of(setup, setup.data.validation))
+        values = measure(params, frozen, setup.data.validation)
         for name, data in setup.data.others.items():
-            found = measure(params, frozen, batches_of(setup, data))
-            values |= {f"{name}/{key}": value for key, value in found.items()}
+            values |= {f"{name}/{key}": value for key, value in measure(params, frozen, data).items()}
         return values
 
     return evaluate
@@ -65,31 +58,6 @@ def batches_of(setup: Setup, data: Dataset) -> Iterator[Batch]:
     count = len(data) if train.eval_batches is None else min(len(data), train.eval_batches * train.batch_size)
     rows = np.pad(np.arange(count), (0, -count % train.batch_size), constant_values=-1).reshape(-1, train.batch_size)
     return (global_batch(data, part, setup.program.mesh) for part in rows)
-
-
-def objective_sums(recipe: Recipe, params: Variables, frozen: Variables, batch: Batch) -> tuple[Array, dict]:
-    """Rows of a batch that are no padding, and the objective's loss and metrics on them, without dropout."""
-    objective, apply = recipe.objective, recipe.apply
-    batch = objective.prepare(apply, params, frozen, batch, None)
-    loss, metrics = objective.loss(apply, params, frozen, batch, objective.weights(batch), None)
-    segments = batch["segments"]
-    values = {name: value for name, value in metrics.items() if not name.startswith("moe/")}
-    return jnp.sum(jnp.any(segments != 0, axis=tuple(range(1, segments.ndim)))), {"loss": loss, **values}
-
-
-def objective_metrics(
-    score: Callable[[Variables, Variables, Batch], tuple[Array, dict]],
-    params: Variables,
-    frozen: Variables,
-    batches: Iterable[Batch],
-) -> dict[str, float]:
-    """Means of `objective_sums` over all batches, each weighing as many rows as it has."""
-    total, sums = 0.0, dict[str, float]()
-    for batch in batches:
-        rows, values = jax.device_get(score(params, frozen, batch))
-        total += float(rows)
-        sums = {name: sums.get(name, 0.0) + float(rows) * float(value) for name, value in values.items()}
-    return {name: value / total for name, value in sums.items()} if total else {"loss": math.nan}
 
 
 Scorer = Callable[[Variables, Batch], Sums]

@@ -15,11 +15,11 @@ from jaxlm.interop.save import save
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.objectives.forward import policy
-from jaxlm.params.quantize import merged_with_gap, quantize
+from jaxlm.params.quantize import merged_with_gap
 from jaxlm.training import checkpoint
-from jaxlm.training.frozen import directory_hash, whole
+from jaxlm.training.frozen import directory_hash, stored, whole
 from jaxlm.training.setup import assemble, model_config
-from jaxlm.types import Tree, Variables
+from jaxlm.types import Variables
 
 if TYPE_CHECKING:
     from jaxlm.config import RunConfig
@@ -65,10 +65,6 @@ def latest(run: Path, config: "RunConfig", report: Callable[[str], None]) -> tup
             f"{path}: is not the base model any more that {run} was trained on; put that one back, as its adapters fit "
             "no other"
         )
-    fresh = jax.jit(lambda: _quantised(program.base(), config.quantize))
+    fresh = jax.jit(lambda: stored(program.base(), config.quantize))
     base = fresh() if path is None else whole(path, "auto", program.mesh, config.quantize)
     return program.cfg, policy(trained, {"params": base})
-
-
-def _quantised(params: Tree, kind: str | None) -> Tree:
-    return params if kind is None else quantize(params, kind)

@@ -16,6 +16,7 @@ from jaxlm.interop.load import load, load_config, model_directory, stored_kind
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.params import lora, vocabulary
+from jaxlm.params.quantize import quantize
 from jaxlm.params.upcycle import upcycle
 from jaxlm.training.rewards import model_directory_of
 from jaxlm.types import Array, Tree, Variables
@@ -61,12 +62,17 @@ def reference_kind(config: "RunConfig") -> str | None:
     """What log-probabilities are compared with; None for objectives without a reference.
 
     Raises:
-      ValueError: `adapter-off` without adapters.
+      ValueError: `adapter-off` without adapters, or with ones whose base alone is not the model that was started from.
     """
     objective = config.objective
     if not hasattr(objective, "reference") or (objective.kind == "grpo" and not getattr(objective, "beta", 0.0)):
         return None
-    kind: str = objective.reference or ("copy" if config.lora is None else "adapter-off")
+    kind: str = objective.reference or ("copy" if config.lora is None or config.lora.init == "pissa" else "adapter-off")
+    if kind == "adapter-off" and config.lora is not None and config.lora.init == "pissa":
+        raise ValueError(
+            "objective.reference: adapter-off, but lora.init pissa takes the adapters out of the base, so without them "
+            "it is another model; use copy"
+        )
     if kind == "adapter-off" and config.lora is None:
         raise ValueError(
             "objective.reference: adapter-off, but lora is null, so there are no adapters to turn off; set lora or use "
@@ -92,7 +98,7 @@ def abstract(config: "RunConfig", cfg: ModelConfig, models: Models, mesh: Mesh) 
         trees["reference"] = {"params": base}
     if config.lora is not None:
         if (kind := config.quantize or stored_kind(config.model.path)) is not None:
-            base = jax.eval_shape(functools.partial(_quantize, kind=kind), base)
+            base = jax.eval_shape(functools.partial(stored, kind=kind), base)
         trees["params"] = base
     return {name: _placed(tree, mesh) for name, tree in trees.items()}
 
@@ -145,8 +151,12 @@ def whole(path: str, dtype: str, mesh: Mesh, kind: str | None = None) -> Tree:
     cfg, variables = load(path, dtype, quantize=None if adapted else kind, mesh=mesh)
     if "lora" not in variables:
         return variables["params"]
-    merged = lora.merge(cfg, variables["params"], variables["lora"])
-    return merged if kind is None else _quantize(merged, kind)
+    return stored(lora.merge(cfg, variables["params"], variables["lora"]), kind)
+
+
+def stored(params: Tree, kind: str | None) -> Tree:
+    """The parameters of a base as the field `quantize` asks for them."""
+    return params if kind is None else quantize(params, kind)
 
 
 def fitted(cfg: ModelConfig, params: Tree, seed: int) -> Tree:
@@ -184,15 +194,11 @@ def directory_hash(path: str) -> str:
 def _fresh_base(config: "RunConfig", wanted: Variables, fresh: Any) -> Tree:
     shardings = jax.tree.map(lambda x: x.sharding, wanted["params"])
 
-    def build() -> Tree:
-        params = fresh()
-        return params if config.quantize is None else _quantize(params, config.quantize)
-
-    return jax.jit(build, out_shardings=shardings)()
+    return jax.jit(lambda: stored(fresh(), config.quantize), out_shardings=shardings)()
 
 
 def _abstract_model(cfg: ModelConfig, dtype: str) -> Variables:
-    """The variables of a model that was loaded: its parameters, and its adapters where it has them."""
+    """The parameters of a model that is loaded. Adapters beside them, of a teacher that is a run of them, are small."""
 
     def build(key: Array) -> Variables:
         params = transformer.init(cfg, key)["params"]
@@ -206,9 +212,3 @@ def _placed(tree: Tree, mesh: Mesh) -> Tree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, tree, rules.shardings(tree, mesh))
-
-
-def _quantize(params: Tree, kind: str) -> Tree:
-    from jaxlm.params import quantize
-
-    return quantize.quantize(params, kind)

@@ -164,16 +164,16 @@ class Run:
     def _resume_or_start(self) -> tuple[State, Variables, int]:
         config, program, identity = self.setup.config, self.setup.program, self.setup.identity
         restored = self.checkpoints.restore(program.abstract, lambda saved: compare_meta(saved, identity))
+        if restored is not None and restored.step > self.train.steps:
+            raise ValueError(
+                f"train.steps: {self.train.steps}, but {self.directory} is at step {restored.step} already; raise it, "
+                "or choose another run.dir"
+            )
         self.progress.status("initialising")
         frozen = load_frozen(config, program)
         if restored is None:
             params = teacher.student(config, program, frozen)
             return start(config.model.path, program, frozen, params), settle(program, frozen), 0
-        if restored.step > self.train.steps:
-            raise ValueError(
-                f"train.steps: {self.train.steps}, but {self.directory} is at step {restored.step} already; raise it, "
-                "or choose another run.dir"
-            )
         self.stopping = stopping.from_json(restored.meta["stopping"])
         self.seconds = float(restored.meta["seconds"])
         self.progress.message(f"resuming {self.directory} at step {restored.step}")
