@@ -26,3 +26,11 @@ def few_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Prepared data and compiled programs of a file's tests are kept apart from those of others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -12,12 +12,7 @@ from jaxlm.data.sources import Record
 from jaxlm.data.supply import open_data
 from jaxlm.data.tokenizer import train_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,17 @@
 """The grouped product: equal to one product a group, forward and backward, for all sizes; and the dispatch to it."""
 
+import types
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxlm.nn.dispatch import Boxes, dispatch, from_experts, to_experts
+from jaxlm.nn.kernels import grouped_gpu
 from jaxlm.nn.kernels import grouped_matmul as grouped
 from jaxlm.nn.kernels.grouped_matmul import BACKENDS, UNIT, grouped_matmul
 
@@ -30,9 +34,11 @@ def by_hand(x, w, sizes):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", SIZES)
-def test_backends_equal_one_product_a_group(name, transposed):
-    sizes = SIZES[name]
-    rows = max(sum(sizes), 96)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_equal_one_product_a_group(backend, name, transposed):
+    whole = grouped.unit(backend)
+    sizes = [-(-size // whole) * whole for size in SIZES[name]]
+    rows = max(sum(sizes), 96) + 5 * (whole > UNIT)
     rng = np.random.default_rng(0)
     x, w, dy = rng.standard_normal((rows, 6)), rng.standard_normal((3, 6, 5)), rng.standard_normal((rows, 5))
     inside = (np.arange(rows) < sum(sizes))[:, None]
@@ -41,26 +47,26 @@ def test_backends_equal_one_product_a_group(name, transposed):
     ends = np.cumsum(sizes)
     dw = np.stack([x[end - n : end].T @ dy[end - n : end] for n, end in zip(sizes, ends)])
     given = jnp.asarray(w.swapaxes(1, 2) if transposed else w, jnp.float32)
-    for backend in BACKENDS:
 
-        def product(x, w, backend=backend):
-            return grouped_matmul(x, w, jnp.array(sizes, jnp.int32), transposed=transposed, backend=backend)
+    def product(x, w):
+        return grouped_matmul(x, w, jnp.array(sizes, jnp.int32), transposed=transposed, backend=backend)
 
-        y, back = jax.vjp(jax.jit(product), jnp.asarray(x, jnp.float32), given)
-        np.testing.assert_allclose(y, wanted, atol=2e-5, err_msg=backend)
-        got_x, got_w = back(jnp.asarray(dy * inside, jnp.float32))
-        np.testing.assert_allclose(got_x, dx * inside, atol=2e-5, err_msg=backend)
-        np.testing.assert_allclose(got_w.swapaxes(1, 2) if transposed else got_w, dw, atol=2e-4, err_msg=backend)
+    y, back = jax.vjp(jax.jit(product), jnp.asarray(x, jnp.float32), given)
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+    got_x, got_w = back(jnp.asarray(dy * inside, jnp.float32))
+    np.testing.assert_allclose(got_x, dx * inside, atol=2e-5)
+    np.testing.assert_allclose(got_w.swapaxes(1, 2) if transposed else got_w, dw, atol=2e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision_operands_have_float32_sums(backend):
     """4,096 ones: a bfloat16 sum would stop at 256. The weight's gradient stays float32."""
-    x, w = jnp.ones((32, 4096), jnp.bfloat16), jnp.ones((2, 4096, 3))
-    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array([16, 16]), backend=backend), x, w)
+    size = max(16, grouped.unit(backend))
+    x, w = jnp.ones((2 * size, 4096), jnp.bfloat16), jnp.ones((2, 4096, 3))
+    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array([size, size]), backend=backend), x, w)
     assert y.dtype == jnp.bfloat16 and float(y[0, 0]) == 4096.0
     dx, dw = back(jnp.ones_like(y))
-    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32 and float(dw[0, 0, 0]) == 16.0
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32 and float(dw[0, 0, 0]) == size
 
 
 def test_wrong_shapes_are_named():
@@ -69,7 +75,7 @@ def test_wrong_shapes_are_named():
         grouped_matmul(x, w, sizes, transposed=True)
     with pytest.raises(ValueError, match="3,\\) sizes for 2 matrices"):
         grouped_matmul(x, w, jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match="'dense' is unknown; use one of reference, blocks, ragged"):
+    with pytest.raises(ValueError, match="'dense' is unknown; use one of reference, blocks, ragged, pallas"):
         grouped_matmul(x, w, sizes, backend="dense")  # type: ignore[arg-type]
 
 
@@ -126,6 +132,35 @@ def test_gradients_of_the_dispatch_are_those_of_plain_indexing_and_scatter_nothi
     assert "scatter" not in str(back)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernel_can_be_lowered_for_a_gpu(dtype):
+    """What is interpreted here is what a GPU would get: forward and both backward products, at odd widths."""
+    x, w, sizes = jnp.zeros((256, 200), dtype), jnp.zeros((3, 200, 70)), jnp.array([128, 0, 128])
+
+    def loss(x, w):
+        return jnp.sum(grouped_matmul(x, w, sizes, backend="pallas").astype(jnp.float32))
+
+    kernel = "__gpu$xla.gpu.triton"
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(kernel)]
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        lowered = jax.export.export(step, platforms=["cuda"], disabled_checks=allowed)(x, w).mlir_module()
+    assert lowered.count(f"@{kernel}") == 3
+
+
+def test_the_kernel_is_for_gpus_with_its_tensor_cores():
+    def device(platform, kind, capability=None):
+        return types.SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+
+    assert grouped_gpu.runs_on(device("gpu", "NVIDIA H200", "9.0"))
+    assert grouped_gpu.runs_on(device("gpu", "NVIDIA B200", "10.0"))
+    assert not grouped_gpu.runs_on(device("gpu", "Tesla T4 NVIDIA", "7.5"))
+    assert not grouped_gpu.runs_on(device("gpu", "AMD Instinct MI300X", "gfx942"))
+    assert not grouped_gpu.runs_on(jax.devices()[0])
+
+
 def test_units_are_those_that_the_blocks_need():
     assert grouped.unit("blocks") == UNIT and grouped.unit("ragged") == grouped.unit("reference") == 1
+    assert grouped.unit("pallas") == grouped_gpu.ROWS
     assert all(block % UNIT == 0 for block in grouped.BLOCKS) and grouped.BLOCKS[-1] == UNIT

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,12 @@ from jaxlm.optim import chain, schedules
 from jaxlm.optim.config import OptimizerConfig
 from jaxlm.training import balance
 from jaxlm.training.balance import DEAD_AFTER, PATIENCE, Alarm
+from jaxlm.training.export import export
 from jaxlm.training.loop import train
+from jaxlm.training.setup import load_frozen, prepare, start
 from jaxlm.training.step import Recipe, init_state, train_step
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 MOE = MoEConfig(experts=4, top_k=1, d_ff=8, aux_weight=0.3, bias_rate=0.02, renormalize=False)
 CFG = ModelConfig(d_model=16, n_layers=2, n_heads=2, d_ff=16, vocab_size=16, max_length=8, moe=MOE)
@@ -118,24 +123,66 @@ def test_alarms_come_once():
     assert alarm.look(1, {"loss": 1.0}) == []
 
 
-def test_a_run_saves_the_bias_and_its_export_chooses_by_it(tmp_path):
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """Settings of a run of two steps with a selection bias, which has ended."""
     raw = {
-        "run": {"dir": str(tmp_path / "run")},
+        "run": {"dir": str(tmp_path_factory.mktemp("biased") / "run")},
         "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 280,
                   "moe": {"experts": 4, "top_k": 2, "d_ff": 8, "balance": "bias", "bias_rate": 0.05}},
         "data": {"sequence_length": 16},
         "train": {"steps": 2, "batch_size": 8, "checkpoint_every": 1, "eval_batches": 1, "prompts": []},
     }  # fmt: skip
     assert train(configs.build(raw)) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    return raw
+
+
+def bias_of(variables):
+    return variables["moe_state"]["layers"]["mlp"]["router"]["bias"]
+
+
+def test_a_run_saves_the_bias_and_its_export_chooses_by_it(biased, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(biased["run"]["dir"], run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"moe/load_max", "moe/load_max/0", "moe/dead_experts"} <= rows[1].keys()
-    assert train(configs.build(raw | {"train": raw["train"] | {"steps": 4}})) == 0
-    config = json.loads((tmp_path / "run/hf/config.json").read_text())
+    assert train(configs.build(biased | {"run": {"dir": str(run)}, "train": biased["train"] | {"steps": 4}})) == 0
+    config = json.loads((run / "hf/config.json").read_text())
     assert config["architectures"] == ["MixtralForCausalLM"]
-    cfg, variables = jaxlm.load(tmp_path / "run")
-    bias = variables["moe_state"]["layers"]["mlp"]["router"]["bias"]
+    cfg, variables = jaxlm.load(run)
+    bias = bias_of(variables)
     assert bias.shape == (1, 4)
     # Four steps of 0.05: a resumed run that had lost the first two would end at 0, 0.05 or 0.1.
     np.testing.assert_allclose(np.asarray(bias) / 0.05 % 1.0 % 0.999, 0.0, atol=2e-3)
     assert float(jnp.abs(bias).max()) > 0.1
     assert jaxlm.logits(cfg, variables, [[1, 2, 3]]).shape == (1, 3, cfg.V)
+
+
+def test_a_run_that_is_exported_from_its_checkpoint_keeps_the_bias(biased, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(biased["run"]["dir"], run)
+    shutil.rmtree(run / "hf")
+    export(run, tmp_path / "out", configs.build(biased), lambda line: None)
+    ours, wanted = (bias_of(jaxlm.load(path)[1]) for path in (tmp_path / "out", biased["run"]["dir"]))
+    np.testing.assert_array_equal(ours, wanted)
+    assert np.any(wanted)
+
+
+@pytest.mark.parametrize("kind", ["next_token", "lora", "dpo"])
+def test_a_run_starts_from_the_bias_of_its_directory(biased, tmp_path, kind):
+    """So does what its model is compared with."""
+    pairs = tmp_path / "pairs.jsonl"
+    lines = ({"prompt": f"{i} and", "chosen": " two", "rejected": " three"} for i in range(8))
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sections = {
+        "next_token": {},
+        "lora": {"lora": {"r": 2}},
+        "dpo": {"objective": {"kind": "dpo"}, "data": {"path": str(pairs), "validation": str(pairs)}},
+    }[kind]
+    directory = biased["run"]["dir"]
+    raw = biased | {"model": {"path": directory}, "run": {"dir": str(tmp_path / "run")}, **sections}
+    setup = prepare(configs.build(raw))
+    frozen = load_frozen(setup.config, setup.program)
+    state = start(directory, setup.program, frozen)
+    for model in (state.extra, frozen.get("reference", state.extra)):
+        np.testing.assert_array_equal(bias_of(model), bias_of(jaxlm.load(directory)[1]))

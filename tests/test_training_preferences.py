@@ -11,14 +11,9 @@ from jaxlm.training import evaluate
 from jaxlm.training.loop import train
 from jaxlm.training.setup import load_frozen, prepare, start
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

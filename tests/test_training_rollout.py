@@ -18,6 +18,8 @@ from jaxlm.training import answers, penalty, rewards, rollout, setup
 from jaxlm.training.loop import train
 from jaxlm.training.step import Extra
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 FUNCTION = """
 calls = []
 def letters(prompts, completions, word, **columns):
@@ -27,13 +29,6 @@ def letters(prompts, completions, word, **columns):
 """
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 GROUP, NEW, PROMPTS = 2, 5, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from jaxlm.training import loop, setup
 from jaxlm.training.step import Recipe, init_state, train_step
 from jaxlm.types import Objective
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROWS, LENGTH = 16, 8
 MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24}
 LOOK = {"rho": 0.1, "variant": "asam", "interval": 2}
@@ -31,13 +33,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text("\n".join(" ".join(rng.choice("alpha beta gamma delta epsilon".split(), 9)) for _ in range(400)))
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def settings(text, directory):

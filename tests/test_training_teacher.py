@@ -17,15 +17,10 @@ from jaxlm.params.select import select
 from jaxlm.training import on_policy, rollout, teacher, teacher_cache
 from jaxlm.training.setup import global_batch, load_frozen, prepare, start
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
 TEACHER = ModelConfig(d_model=24, n_layers=2, n_heads=3, d_ff=32, vocab_size=272, max_length=8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

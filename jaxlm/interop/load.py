@@ -98,6 +98,19 @@ def load_config(path: str | Path) -> ModelConfig:
     return _settle_head(cfg, family, entries)
 
 
+def load_routing(path: str | Path) -> Variables:
+    """{"moe_state": ...} with the selection bias of a directory's routers alone; {} without one, or without weights.
+
+    Path and errors as in `load`.
+    """
+    directory = model_directory(peft.locate(path, None)[0])
+    cfg, family = _read_config(directory)
+    try:
+        return {} if cfg.moe is None else selection.take(cfg, family.table(cfg), safetensors.open_directory(directory))
+    except FileNotFoundError:
+        return {}
+
+
 def stored_kind(path: str | Path | None) -> str | None:
     """How the weights of a directory, or of an adapter's base, are quantised; None if not, or if it is not here."""
     if path is None or not Path(path).is_dir():

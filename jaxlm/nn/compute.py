@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxlm.nn.kernels.grouped_matmul import Backend
 from jaxlm.types import Array
 
 RematPolicy = Literal["none", "dots", "block", "full", "offload"]
@@ -36,7 +37,7 @@ class Compute:
     remat: RematPolicy = "none"
     scan: bool = True
     attention: str | None = None
-    grouped: Literal["reference", "blocks", "ragged"] | None = None
+    grouped: Backend | None = None
     constrain: Callable[[Array], Array] = unconstrained
     mesh: Any = None
     collect: tuple[str, ...] = ()

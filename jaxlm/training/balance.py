@@ -17,22 +17,29 @@ OVERLOADED, PATIENCE = 2.0, 50
 """Largest over mean load that is too much when it lasts this many steps."""
 
 
-def extra(cfg: ModelConfig) -> Extra | None:
-    """What a mixture keeps besides its parameters, and how a step changes it; None for a dense model."""
+def extra(cfg: ModelConfig, bias_NxE: Array | None = None) -> Extra | None:
+    """What a mixture keeps besides its parameters, and how a step changes it; None for a dense model.
+
+    Args:
+      cfg: the model.
+      bias_NxE: the selection bias that it comes with, or None.
+    """
     layers = [i for i, kind in enumerate(kinds(cfg)) if kind.sparse]
     if cfg.moe is None or not layers:
         return None
     biased = cfg.moe.balance == "bias" and cfg.lora is None
     return Extra(
-        start=functools.partial(_start, cfg.moe, len(layers)),
+        start=functools.partial(_start, cfg.moe, len(layers), bias_NxE),
         adjust=functools.partial(_adjust, cfg.moe, layers, cfg.moe.bias_rate if biased else 0.0),
     )
 
 
-def _start(moe: MoEConfig, layers: int) -> Variables:
+def _start(moe: MoEConfig, layers: int, bias: Array | None) -> Variables:
     """`idle` int32 [N, E], updates since an expert's last token, and `bias` float32 [N, E] where it is used."""
     state: dict[str, Array] = {"idle": jnp.full((layers, moe.experts), DEAD_AFTER, jnp.int32)}
-    if moe.balance == "bias":
+    if bias is not None:
+        state["bias"] = jnp.copy(bias)
+    elif moe.balance == "bias":
         state["bias"] = jnp.zeros((layers, moe.experts), jnp.float32)
     return {"moe_state": {"layers": {"mlp": {"router": state}}}}
 

@@ -43,6 +43,7 @@ class TrainConfig:
       remat: what the backward pass computes again instead of keeping it.
       scan: whether the layers are walked by a scan; null decides by depth and device.
       attention: the attention backend by name; null chooses.
+      experts: the backend of the experts' products by name; null chooses.
       memory_limit: GB (10^9 bytes) per device that the run may need by estimate; more is refused. Null is no limit.
       prompts: what the sample texts continue.
       tasks: what is scored before the first and after the last step, as `jaxlm eval --tasks` takes them: files of
@@ -65,6 +66,7 @@ class TrainConfig:
     remat: Literal["none", "dots", "block", "full", "offload"] = "none"
     scan: bool | None = None
     attention: str | None = None
+    experts: Literal["reference", "blocks", "ragged", "pallas"] | None = None
     memory_limit: Above0 | None = None
     prompts: tuple[str, ...] = ("The ", "def ", "Return the ")
     tasks: tuple[str, ...] = ()

@@ -49,15 +49,16 @@ def export(run: str | Path, out: str | Path, config: "RunConfig | None", report:
 
 def latest(run: Path, config: "RunConfig", report: Callable[[str], None]) -> tuple[ModelConfig, Variables]:
     """Configuration and weights of a run's newest good checkpoint; the average where one is kept."""
-    restored = checkpoint.read(run / "checkpoints", report, ("params", "ema"))
+    restored = checkpoint.read(run / "checkpoints", report, ("params", "ema", "extra"))
     directory = None if config.model.path is None else load_config(config.model.path)
     cfg = model_config(config, directory, load_tokenizer(str(run)))
     alone = dataclasses.replace(config, mesh=MeshConfig())
     program = assemble(alone, cfg, meshes.make(MeshConfig(), jax.devices()[:1]))
     report(f"{run}: the model of step {restored.step}")
     trained = restored.state.get("ema") or restored.state["params"]
+    kept = restored.state.get("extra", {})
     if cfg.lora is None:
-        return program.cfg, policy(trained, {})
+        return program.cfg, policy(trained, kept)
     path = config.model.path
     base_hash = (restored.meta.get("base") or {}).get("model")
     if path is not None and base_hash not in (None, directory_hash(path)):
@@ -67,4 +68,4 @@ def latest(run: Path, config: "RunConfig", report: Callable[[str], None]) -> tup
         )
     fresh = jax.jit(lambda: stored(program.base(), config.quantize))
     base = fresh() if path is None else whole(path, "auto", program.mesh, config.quantize)
-    return program.cfg, policy(trained, {"params": base})
+    return program.cfg, policy(trained, {**kept, "params": base})

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.dist import rules
 from jaxlm.interop import peft_config
-from jaxlm.interop.load import load, load_config, model_directory, stored_kind
+from jaxlm.interop.load import load, load_config, load_routing, model_directory, stored_kind
 from jaxlm.nn import transformer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.params import lora, vocabulary
@@ -95,12 +95,17 @@ def abstract(config: "RunConfig", cfg: ModelConfig, models: Models, mesh: Mesh) 
     trees: Variables = {name: _abstract_model(other, dtype) for name, other in used.items()}
     base = _abstract_model(cfg, dtype)["params"]
     if reference_kind(config) == "copy":
-        trees["reference"] = {"params": base}
+        trees["reference"] = {"params": base, **routing(config)}
     if config.lora is not None:
         if (kind := config.quantize or stored_kind(config.model.path)) is not None:
             base = jax.eval_shape(functools.partial(stored, kind=kind), base)
         trees["params"] = base
     return {name: _placed(tree, mesh) for name, tree in trees.items()}
+
+
+def routing(config: "RunConfig") -> Variables:
+    """What the directory that a run starts from says of its routers besides their weights, see `load_routing`."""
+    return {} if config.model.path is None else load_routing(config.model.path)
 
 
 def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, fresh: Tree) -> Variables:
@@ -134,6 +139,7 @@ def make(config: "RunConfig", cfg: ModelConfig, wanted: Variables, mesh: Mesh, f
             found["reference"] = {"params": found["params"]}
         else:
             found["reference"] = {"params": fitted(cfg, whole(path, dtype, mesh), config.run.seed)}
+        found["reference"] |= jax.device_put(routing(config), NamedSharding(mesh, PartitionSpec()))
     return found
 
 

@@ -17,6 +17,7 @@ from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place
 from jaxlm.interop.load import load_config
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.qtensor import outline
 from jaxlm.objectives.completions import reward_column
 from jaxlm.objectives.distill import COLUMNS
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
       flops: model FLOPs of one optimiser step, over all devices.
       memory: bytes per device by formula. compiled: by the compiler's own account of the step, or None.
       rows: what every leaf is given.
-      attention: the attention backend of the step.
+      attention: the attention backend of the step. experts: that of the experts' products, or None without experts.
     """
 
     parameters: int
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     compiled: int | None
     rows: list[Row]
     attention: str
+    experts: str | None
 
 
 def make_plan(config: "RunConfig", compiled: bool = True) -> Plan:
@@ -89,6 +91,7 @@ def of_program(config: "RunConfig", program: Program, compiled: bool = False) ->
         compiled=_compiled_bytes(config, program) if compiled else None,
         rows=effective(config.optimizer, program.cfg, trained, program.plan, base or None),
         attention=setup.attention_backend(config, program.cfg, program.compute),
+        experts=None if program.cfg.moe is None else program.compute.grouped or grouped_matmul.choose(),
     )
 
 
@@ -171,6 +174,7 @@ def text(plan: Plan) -> str:
         f"trainable        {plan.trainable:>18,}",
         f"FLOPs per step   {plan.flops:>18.3g}",
         f"attention        {plan.attention:>18}",
+        *([f"experts          {plan.experts:>18}"] if plan.experts else []),
         f"memory per device  total  {_size(plan.memory.total)}   ({_parts(plan.memory)})",
     ]
     if plan.compiled is not None:

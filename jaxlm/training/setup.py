@@ -19,7 +19,7 @@ from jaxlm.data.supply import Data, open_data
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.dist import mesh as meshes
 from jaxlm.dist import place, rules
-from jaxlm.interop import hf
+from jaxlm.interop import hf, selection
 from jaxlm.interop.chat import renderer
 from jaxlm.interop.fold import fold
 from jaxlm.interop.load import load_config
@@ -173,6 +173,7 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
         cfg = cfg if config.model.path is not None else mup.apply_to(cfg, plan)
     compute = make_compute(config, cfg, mesh)
     attention_backend(config, cfg, compute)
+    bias = selection.split(frozen_trees.routing(config))[1]
     passes = getattr(config.objective, "epochs", 1)
     recipe = Recipe(
         objective=objective,
@@ -184,7 +185,7 @@ def assemble(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Program:
         seed=config.run.seed,
         sam=config.optimizer.sam,
         passes=passes,
-        extra=penalty.joined([balance.extra(cfg), penalty.extra(config.objective, train.batch_size)]),
+        extra=penalty.joined([balance.extra(cfg, bias), penalty.extra(config.objective, train.batch_size)]),
     )
     abstract = jax.eval_shape(functools.partial(init_state, recipe), trained)
     shardings = rules.shardings_like(abstract, trained, mesh)
@@ -284,6 +285,7 @@ def make_compute(config: "RunConfig", cfg: ModelConfig, mesh: Mesh) -> Compute:
         remat=train.remat,
         scan=scan if train.scan is None else train.scan,
         attention=train.attention,
+        grouped=train.experts,
         constrain=place.constrain(mesh),
         mesh=mesh,
     )

@@ -11,13 +11,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn.kernels import grouped_gpu
 from jaxlm.nn.kernels.matmul import matmul, outer
 from jaxlm.types import Array
 
-Backend = Literal["reference", "blocks", "ragged"]
-BACKENDS: tuple[Backend, ...] = ("reference", "blocks", "ragged")
+Backend = Literal["reference", "blocks", "ragged", "pallas"]
+BACKENDS: tuple[Backend, ...] = ("reference", "blocks", "ragged", "pallas")
 """`reference` multiplies every row with every matrix, plain autodiff; `blocks` loops over groups and takes each one's
-rows in blocks of a few fixed sizes; `ragged` is `jax.lax.ragged_dot`."""
+rows in blocks of a few fixed sizes; `ragged` is `jax.lax.ragged_dot`; `pallas` is an own kernel for NVIDIA's GPUs."""
 
 UNIT = 16
 """Rows that groups of `blocks` are multiples of."""
@@ -41,14 +42,16 @@ class Form(NamedTuple):
 
 
 def choose() -> Backend:
-    """The backend of this platform. `ragged_dot` is dense there where no kernel stands behind it: on CPU, E times the
-    work (measured 8.8 times the time with 8 groups)."""
-    return "blocks" if jax.default_backend() == "cpu" else "ragged"
+    """The backend of this platform. `ragged_dot` is dense where no kernel stands behind it, as on CPU (measured: 8.8
+    times the time with 8 groups) and for the weights' gradient on GPUs: the own kernel does that work once."""
+    if jax.default_backend() == "cpu":
+        return "blocks"
+    return "pallas" if grouped_gpu.runs_on(jax.devices()[0]) else "ragged"
 
 
 def unit(backend: Backend) -> int:
     """What the sizes of groups must be multiples of."""
-    return UNIT if backend == "blocks" else 1
+    return {"blocks": UNIT, "pallas": grouped_gpu.ROWS}.get(backend, 1)
 
 
 def grouped_matmul(
@@ -117,7 +120,8 @@ def _backward(form: Form, saved: tuple[Array, Array, Array], dy: Array) -> tuple
     dy = dy.astype(x.dtype)
     dx = _product(form._replace(transposed=not form.transposed), dy, w, sizes)
     a, b = (dy, x) if form.transposed else (x, dy)
-    dw = _ragged_outer(a, b, sizes) if form.backend == "ragged" else _block_outer(a, b, sizes)
+    outers = {"ragged": _ragged_outer, "pallas": grouped_gpu.outer, "blocks": _block_outer}
+    dw = outers[form.backend](a, b, sizes)
     return dx, dw.astype(w.dtype), None
 
 
@@ -125,9 +129,8 @@ _grouped.defvjp(_forward, _backward)
 
 
 def _product(form: Form, x: Array, w: Array, sizes: Array) -> Array:
-    if form.backend == "ragged":
-        return _ragged(x, w, sizes, form.transposed)
-    return _blocks(x, w, sizes, form.transposed)
+    product = {"ragged": _ragged, "pallas": grouped_gpu.product, "blocks": _blocks}[form.backend]
+    return product(x, w, sizes, form.transposed)
 
 
 def _ragged(x: Array, w: Array, sizes: Array, transposed: bool) -> Array:
