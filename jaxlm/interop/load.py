@@ -99,13 +99,13 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load_routing(path: str | Path) -> Variables:
-    """{"moe_state": ...} with the selection bias of a directory's routers alone; {} without one, or without weights.
+    """{"moe_state": ...} with the selection bias of a directory's routers alone; {} without one, or without a file.
 
-    Path and errors as in `load`.
+    Path and other errors as in `load`.
     """
-    directory = model_directory(peft.locate(path, None)[0])
-    cfg, family = _read_config(directory)
     try:
+        directory = model_directory(peft.locate(path, None)[0])
+        cfg, family = _read_config(directory)
         return {} if cfg.moe is None else selection.take(cfg, family.table(cfg), safetensors.open_directory(directory))
     except FileNotFoundError:
         return {}
