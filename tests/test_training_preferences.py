@@ -47,7 +47,8 @@ def metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_reference_made_before_training_is_the_same_to_the_last_bit(files, tmp_path, capsys):
+def test_a_reference_made_before_training_is_the_same(files, tmp_path, capsys):
+    """Up to rounding, as another program makes it; from the cache it is the same to the last bit."""
     for name, reference in (("copy", "copy"), ("first", "precomputed"), ("second", "precomputed")):
         assert train(settings(files, tmp_path / name, {"kind": "dpo", "reference": reference})) == 0
         # The second time the values are found in the cache.
@@ -56,7 +57,9 @@ def test_a_reference_made_before_training_is_the_same_to_the_last_bit(files, tmp
     for row in (*wanted, *first, *second):
         # Without a reference at hand, the trained model answers this.
         row.pop("eval/accuracy_unconditional", None)
-    assert first == wanted and second == wanted
+    assert first == second
+    for row, expected in zip(first, wanted, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert wanted[1]["loss"] == np.float32(np.log(2.0)) and wanted[1]["rewards/accuracies"] == 0.0
     assert wanted[-1]["eval/rewards/margins"] != 0.0 and "eval/accuracy_without_prompt" in wanted[-1]
 

@@ -23,7 +23,9 @@ CASES = {
 }
 """Sides of each case; the first is compared with the others."""
 SWEEPS = {
-    "scale": [{"length": n} for n in (256, 1024, 4096)] + [{"width": n} for n in (128, 256, 512)],
+    "scale": [{"length": n} for n in (256, 1024, 4096)]
+    + [{"width": n} for n in (128, 256, 512)]
+    + [{"layers": n} for n in (3, 6, 12)],
     "attention": [{"length": n} for n in (1024, 4096, 8192)],
     "generate": [{"rows": 1}, {"rows": 8}],
 }
@@ -38,6 +40,13 @@ GPU = {"train": {"size": "1b", "dtype": "bfloat16"}, "attention": {"dtype": "bfl
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Cores that each side gets.")
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
+@click.option(
+    "--allocator",
+    default=next(iter(alternate.allocators())),
+    show_default=True,
+    type=click.Choice(list(alternate.allocators())),
+    help="Of both sides; of those installed here.",
+)
 @click.option("--pairs", default=5, show_default=True, help="Rounds of all sides.")
 @click.option("--seconds", default=5.0, show_default=True, help="Seconds that a side is timed in a round.")
 @click.option("--sides", default=None, help="Comma list; the first is compared with the others.")

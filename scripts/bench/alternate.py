@@ -1,6 +1,8 @@
 """Outside: run the sides of a case in alternation, each in a fresh process, and compare them."""
 
+import ctypes.util
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -10,6 +12,13 @@ import subprocess
 import sys
 from typing import Any
 
+KEEPING = {
+    "tcmalloc": {"TCMALLOC_RELEASE_RATE": "0", "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(1 << 40)},
+    "jemalloc": {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"},
+}
+"""Settings with which allocators keep large blocks for good. The system's gives them back, and has them zeroed anew in
+every step."""
+
 LARGEST_SPREAD = 0.10
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
@@ -17,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 def run_side(case: str, side: str, options: dict[str, Any]) -> dict[str, Any]:
     """One side in a process of its own; what it printed last, as JSON."""
     command = [sys.executable, "-m", "scripts.bench.worker", case, side, json.dumps(options)]
-    done = subprocess.run(command, env=environment(options["threads"]), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(options), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
             f"{case} {side}: {done.stderr.strip().splitlines()[-1:] or 'failed'}; run it alone: {command}"
@@ -25,11 +34,21 @@ def run_side(case: str, side: str, options: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def environment(threads: int) -> dict[str, str]:
-    """The same threads, and the caller's allocator (LD_PRELOAD), for both sides."""
-    count = str(threads)
+def environment(options: dict[str, Any]) -> dict[str, str]:
+    """The same threads and the same allocator for both sides."""
+    count = str(options["threads"])
     cores = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "BENCH_CORES": count}
-    return {**os.environ, **cores, "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **cores, **allocators()[options["allocator"]], "PYTHONWARNINGS": "ignore"}
+
+
+@functools.cache
+def allocators() -> dict[str, dict[str, str]]:
+    """The allocators that are installed, best first, and what the sides' environments have for them."""
+    libraries = {
+        name: ctypes.util.find_library(f"{name}_minimal") or ctypes.util.find_library(name) for name in KEEPING
+    }
+    found = {name: KEEPING[name] | {"LD_PRELOAD": file} for name, file in libraries.items() if file}
+    return found | {"system": {}}
 
 
 def compare(case: str, sides: list[str], options: dict[str, Any], pairs: int) -> dict[str, Any]:
@@ -84,7 +103,7 @@ def surroundings() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "allocator": os.path.basename(os.environ.get("LD_PRELOAD", "")) or "default",
+        "LD_PRELOAD": os.path.basename(os.environ.get("LD_PRELOAD", "")),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "versions": versions,
     }

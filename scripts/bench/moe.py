@@ -135,18 +135,19 @@ def cost(rounds: int) -> dict[str, Any]:
 
 
 def peers(rounds: int) -> dict[str, Any]:
-    """transformers' Mixtral layer at the shape of `8 top-2`, forward and backward."""
+    """transformers' Mixtral layer at the shape of `8 top-2`, forward and backward, each with the norm before it."""
     import torch
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralSparseMoeBlock
 
     cases: dict[str, Callable[[], Any]] = {"jaxlm": layer(shape(8, 2))}
     for implementation in ("eager", "grouped_mm"):
         config = MixtralConfig(hidden_size=D, intermediate_size=WIDTH // 2, num_local_experts=8, num_experts_per_tok=2)
         config._experts_implementation = implementation
-        block = MixtralSparseMoeBlock(config)
+        block = torch.nn.Sequential(MixtralRMSNorm(D, 1e-5), MixtralSparseMoeBlock(config))
         for parameter in block.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.05)
         x, dy = (torch.randn(TOKENS // LENGTH, LENGTH, D) for _ in range(2))
         x.requires_grad_()
 

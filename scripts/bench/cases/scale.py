@@ -1,4 +1,4 @@
-"""jaxlm alone over lengths and widths: throughput and temporary memory."""
+"""jaxlm alone over lengths, widths and depths: throughput and temporary memory."""
 
 from scripts.bench.cases.train import jaxlm
 
