@@ -1,11 +1,14 @@
 """Rotary position embedding in the half-split layout: wavelengths of every kind, tables, and the rotation itself."""
 
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.nn.config import RopeConfig
+from jaxlm.nn.kernels.tiles import one_cpu_device
 from jaxlm.types import Array
 
 BY_LENGTH = ("dynamic", "longrope")
@@ -73,9 +76,22 @@ def tables(
     """
     if length is None and rope.kind in BY_LENGTH:
         length = jnp.max(positions_BxL) + 1
-    inv, factor = inverse_frequencies(rope, head_width, max_length, length)
-    angles_BxLxd = positions_BxL.astype(jnp.float32)[..., None] * inv[None, None, :]
-    return jnp.cos(angles_BxLxd) * factor, jnp.sin(angles_BxLxd) * factor
+
+    def make() -> tuple[Array, Array]:
+        inv, factor = inverse_frequencies(rope, head_width, max_length, length)
+        angles_BxLxd = positions_BxL.astype(jnp.float32)[..., None] * inv[None, None, :]
+        return jnp.cos(angles_BxLxd) * factor, jnp.sin(angles_BxLxd) * factor
+
+    return _made_once(make, positions_BxL) if one_cpu_device() else make()
+
+
+def _made_once(make: Callable[[], tuple[Array, Array]], positions_BxL: Array) -> tuple[Array, Array]:
+    """`make()`, in a loop of one round. XLA on CPU fuses what has one source into each of its uses, barrier or not, and
+    would make the cosines again for every head of every layer, which is 5 % of a small model's step; a loop, if it does
+    not know how often it runs, it leaves alone."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
+    rounds = jnp.where(positions_BxL[0, 0] < 0, 0, 1)
+    return jax.lax.fori_loop(0, rounds, lambda _, tables: make(), zeros)
 
 
 def rotate(x_BxLxHxK: Array, cos_BxLxd: Array, sin_BxLxd: Array) -> Array:
