@@ -14,15 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm import tree
 from jaxlm.decode import sampling
 from jaxlm.decode.sampling import Settings
 from jaxlm.nn import cache as kv
 from jaxlm.nn import transformer, walk
 from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.kernels.tiles import one_cpu_device
+from jaxlm.nn.panels import panels
 from jaxlm.nn.qtensor import is_qtensor
 from jaxlm.params.lora import merge
-from jaxlm.types import Array, Variables
+from jaxlm.params.quantize import is_projection
+from jaxlm.types import Array, Tree, Variables
 
 
 class State(NamedTuple):
@@ -61,12 +65,24 @@ def unstack(cfg: ModelConfig, variables: Variables) -> Variables:
     """One tree a layer; adapters of float32 weights are merged, so that a step reads one matrix in place of three.
 
     Weights of lower precision would lose the adapter in their rounding, and quantised ones grow; there it stays apart.
+    On one CPU device float32 matrices come in panels, a tied head as a second copy.
     """
     leaves = jax.tree.leaves(variables["params"], is_leaf=is_qtensor)
     if "lora" in variables and not any(is_qtensor(leaf) or leaf.dtype != jnp.float32 for leaf in leaves):
         merged = merge(cfg, variables["params"], variables["lora"])
         variables = {name: tree for name, tree in variables.items() if name != "lora"} | {"params": merged}
-    return {name: walk.unstack(cfg, tree) for name, tree in variables.items()}
+    found = {name: walk.unstack(cfg, tree) for name, tree in variables.items()}
+    return {**found, "params": _in_panels(found["params"])} if one_cpu_device() and "lora" not in found else found
+
+
+def _in_panels(params: Tree) -> Tree:
+    def laid_out(path: str, x: Any) -> Any:
+        matrix = x.ndim == 2 and x.dtype == jnp.float32
+        return panels(x) if matrix and (is_projection(path) or path == "unembed/kernel") else x
+
+    if "unembed" not in params:
+        params = {**params, "unembed": {"kernel": params["embed"]["kernel"].T}}
+    return tree.map_with_path(laid_out, params)
 
 
 def prepare(cfg: ModelConfig, variables: Variables) -> Variables:
@@ -145,7 +161,7 @@ def grow(state: State, length: int) -> State:
         rest[axis] = (0, size - x.shape[axis])
         return jnp.pad(x, rest)
 
-    k, v = (tuple(wider(x, kv.LENGTH) for x in part) for part in (state.cache.k, state.cache.v))
+    k, v = tuple(wider(x, kv.KEYS) for x in state.cache.k), tuple(wider(x, kv.VALUES) for x in state.cache.v)
     cache = state.cache._replace(k=k, v=v, segments=wider(state.cache.segments, 1))
     tokens, log_probs = (wider(x, 1, length + 1) for x in (state.tokens, state.log_probs))
     return state._replace(cache=cache, tokens=tokens, log_probs=log_probs)

@@ -58,8 +58,9 @@ class Attention(nn.Module):
             cos, sin = context.rope[self.layer_type]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cached is not None and context.index is not None:
-            cached = (kv.write(cached[0], k, context.index), kv.write(cached[1], v, context.index))
-            k, v = kv.read(cached[0], x.dtype), kv.read(cached[1], x.dtype)
+            keys = kv.write(cached[0], k, context.index, kv.KEYS)
+            values = kv.write(cached[1], v, context.index, kv.VALUES)
+            k, v, cached = kv.read(keys, k, kv.KEYS), kv.read(values, v, kv.VALUES), (keys, values)
         scale = cfg.K**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         scale, softcap, mask = scale * cfg.attention_multiplier, cfg.attention_softcap, self._mask(context)
         attend = functools.partial(attention, scale=scale, softcap=softcap, backend=self.compute.attention)

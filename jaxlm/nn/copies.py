@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxlm.nn.panels import Panels
 from jaxlm.nn.qtensor import QTensor, dequantise
 from jaxlm.types import Array
 
@@ -106,10 +107,10 @@ def whole(x: Array | Fan) -> Array:
     return x.whole if isinstance(x, Fan) else x
 
 
-def columns(product: Callable[..., Array], x: Array | Fan, w_DxF: Array | QTensor) -> Array:
+def columns(product: Callable[..., Array], x: Array | Fan, w_DxF: Array | QTensor | Panels) -> Array:
     """`product(x, w)` [..., F]; of a fan, each part makes its own columns from its own copy."""
-    if not isinstance(x, Fan):
-        return product(x, w_DxF)
+    if not isinstance(x, Fan) or isinstance(w_DxF, Panels):
+        return product(whole(x), w_DxF)
     width, count = w_DxF.shape[1], x.copies.shape[0]
 
     def split(w_DxF: Array) -> Array:
@@ -119,13 +120,13 @@ def columns(product: Callable[..., Array], x: Array | Fan, w_DxF: Array | QTenso
     return jnp.moveaxis(y_T, 0, -2).reshape(*x.whole.shape[:-1], width)
 
 
-def rows(product: Callable[..., Array], x: Array, w_FxD: Array | QTensor) -> Array:
+def rows(product: Callable[..., Array], x: Array, w_FxD: Array | QTensor | Panels) -> Array:
     """`product(x, w)` [..., D] of x [..., F], F spread over `tensor`: the parts' sums are added in the dtype of x.
 
     Left to the partitioner, the sums would travel in the float32 in which they were made.
     """
     count = parts(TENSOR)
-    if count == 1:
+    if count == 1 or isinstance(w_FxD, Panels):
         return product(x, w_FxD)
 
     def split(w_FxD: Array) -> Array:

@@ -10,7 +10,8 @@ from jaxlm.nn.config import LoraConfig
 from jaxlm.nn.copies import Fan, columns, rows, whole
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.kernels.matmul import matmul
-from jaxlm.nn.qtensor import QTensor, dequantise, quantised_param
+from jaxlm.nn.panels import Panels
+from jaxlm.nn.qtensor import QTensor, dequantise, kernel_param
 from jaxlm.types import Array
 
 ADAPTER = ("a", "b", "magnitude", "on", "rows")
@@ -72,9 +73,10 @@ class Linear(nn.Module):
     def __call__(self, x: Array | Fan) -> Array:
         width = whole(x).shape[-1]
         init = nn.initializers.normal(self.init_scale / math.sqrt(width))
-        kernel = quantised_param(self, init, (width, self.features))
+        kernel = kernel_param(self, init, (width, self.features))
         y = rows(matmul, whole(x), kernel) if self.inward else columns(matmul, x, kernel)
         if self.lora is not None and self.has_variable("lora", "a"):
+            assert not isinstance(kernel, Panels), "adapters are merged before a kernel is laid out in panels"
             y = self._adapted(y, whole(x), kernel, self.lora)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))

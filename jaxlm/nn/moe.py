@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxlm.nn.kernels import grouped_matmul
 from jaxlm.nn.linear import ADAPTER, dora_factor
 from jaxlm.nn.mlp import Mlp, residual_init
 from jaxlm.nn.norms import make_norm
-from jaxlm.nn.qtensor import quantised_param
+from jaxlm.nn.qtensor import kernel_param
 from jaxlm.types import Array
 
 
@@ -27,7 +28,7 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self) -> Projection:
         init = nn.initializers.normal(self.init_scale / math.sqrt(self.shape[1]))
-        kernel = quantised_param(self, init, self.shape)
+        kernel: Any = kernel_param(self, init, self.shape)
         adapter: dict[str, Array] = {
             name: self.get_variable("lora", name) for name in ADAPTER if self.has_variable("lora", name)
         }

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.nn.panels import Panels
 from jaxlm.types import Array, Tree
 
 KINDS = ("nf4", "nf4-double", "int8")
@@ -175,19 +176,19 @@ def dynamic_map() -> np.ndarray:
     return np.sort(np.array(found, np.float32))
 
 
-def quantised_param(module: nn.Module, init: Callable[..., Array], shape: tuple[int, ...]) -> Array | QTensor:
-    """A module's parameter `kernel`: the array, made by `init` where the module is initialised, or the QTensor that
-    stands in its place.
+def kernel_param(module: nn.Module, init: Callable[..., Array], shape: tuple[int, ...]) -> Array | QTensor | Panels:
+    """A module's parameter `kernel`: the array, made by `init` where the module is initialised, or what stands in its
+    place.
 
     Raises:
-      ValueError: a QTensor of another shape.
+      ValueError: what stands for another shape.
     """
     if module.has_variable("params", "kernel"):
         stored: Any = module.get_variable("params", "kernel")
-        if is_qtensor(stored):
+        if isinstance(stored, QTensor | Panels):
             if stored.shape != shape:
-                path = "/".join(module.path)
-                raise ValueError(f"{path}/kernel: quantised {stored.shape}, but the model asks for {shape}")
+                path, kind = "/".join(module.path), "quantised" if is_qtensor(stored) else "in panels"
+                raise ValueError(f"{path}/kernel: {kind} {stored.shape}, but the model asks for {shape}")
             return stored
     return module.param("kernel", init, shape)
 

@@ -17,7 +17,9 @@ from jaxlm.nn.compute import Compute
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.copies import look_up, table_copies
 from jaxlm.nn.dropout import dropout, embedding_noise
+from jaxlm.nn.kernels.matmul import matmul
 from jaxlm.nn.norms import make_norm
+from jaxlm.nn.panels import Panels
 from jaxlm.nn.rope import tables
 from jaxlm.types import Array, Head, Output, Tree, Variables
 
@@ -181,9 +183,12 @@ def _checked(name: str, values: Array, tokens: Array, vocabulary: int) -> Array:
 
 def head_logits(hidden_xD: Array, head_: Head) -> Array:
     """Float32 logits [..., V] of hidden states [..., D]."""
-    kernel = head_.kernel.astype(hidden_xD.dtype)
-    contract = (((hidden_xD.ndim - 1,), (1 if head_.tied else 0,)), ((), ()))
-    out = jax.lax.dot_general(hidden_xD, kernel, contract, preferred_element_type=jnp.float32)
+    if isinstance(head_.kernel, Panels):
+        out = matmul(hidden_xD.astype(jnp.float32), head_.kernel)
+    else:
+        kernel = head_.kernel.astype(hidden_xD.dtype)
+        contract = (((hidden_xD.ndim - 1,), (1 if head_.tied else 0,)), ((), ()))
+        out = jax.lax.dot_general(hidden_xD, kernel, contract, preferred_element_type=jnp.float32)
     if head_.bias is not None:
         out = out + head_.bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
     return out if head_.softcap is None else head_.softcap * jnp.tanh(out / head_.softcap)

@@ -14,8 +14,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxlm.nn import panels
 from jaxlm.nn.copies import packed_whole
 from jaxlm.nn.kernels.tiles import one_cpu_device
+from jaxlm.nn.panels import Panels
 from jaxlm.nn.qtensor import QTensor, dequantise_rows, is_qtensor
 from jaxlm.types import Array
 
@@ -23,7 +25,7 @@ BACKENDS = ("own", "reference")
 """`own` has its own backward pass; `reference` is plain autodiff, for forward mode and Hessian-vector products."""
 
 
-def matmul(x: Array, w: Array | QTensor, *, transposed: bool = False, backend: str | None = None) -> Array:
+def matmul(x: Array, w: Array | QTensor | Panels, *, transposed: bool = False, backend: str | None = None) -> Array:
     """`x @ w` over the last axis of `x`, with float32 sums.
 
     `w` is cast to the dtype of `x`. The gradient of `w` has the dtype of `w`: with float32 weights and bfloat16 `x` it
@@ -31,7 +33,7 @@ def matmul(x: Array, w: Array | QTensor, *, transposed: bool = False, backend: s
 
     Args:
       x: [..., D], floating.
-      w: [D, F], or [F, D] if `transposed` (a tied head); one quantised matrix [D, F].
+      w: [D, F], or [F, D] if `transposed` (a tied head); one quantised matrix [D, F], or one in panels.
       transposed: the layout of `w`.
       backend: `own` (null: this), or `reference`.
 
@@ -50,9 +52,17 @@ def matmul(x: Array, w: Array | QTensor, *, transposed: bool = False, backend: s
         if transposed:
             raise ValueError("matmul: a quantised w cannot be transposed; give w [D, F]")
         return _dequantised(x, w, True) if backend == "reference" else _quantised(x, w)
+    if isinstance(w, Panels):
+        return _panelled(x, w)
     if backend == "reference":
         return _product(x, w, transposed)
     return _matmul(transposed, x, w)
+
+
+def _panelled(x: Array, w: Panels) -> Array:
+    if x.size > panels.ROWS * x.shape[-1]:
+        return _product(x, panels.whole(w), False)
+    return panels.product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> Array:

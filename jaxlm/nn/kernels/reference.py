@@ -1,6 +1,7 @@
 """Attention as the formula says it, with every score in memory: what the other forms are held to."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,25 @@ def reference_attention(
       [B, L, H, K] in the dtype of `q`; 0 for queries that see no key.
     """
     p = probabilities(q_BxLxHxK, k_BxSxGxK, mask=mask, scale=scale, softcap=softcap)
-    o = jnp.einsum("bgrls,bsgk->blgrk", p.astype(v_BxSxGxK.dtype), v_BxSxGxK, preferred_element_type=jnp.float32)
+    o = _weighted(p.astype(v_BxSxGxK.dtype), v_BxSxGxK)
     return o.reshape(q_BxLxHxK.shape).astype(q_BxLxHxK.dtype)
+
+
+def _scores(q_BxLxGxRxK: Array, k_BxSxGxK: Array) -> Array:
+    """[B, G, R, L, S], bare. For a single query keys come on the right, as the cache has them: with any other form of
+    the product XLA's CPU compiler copies them all."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if q_BxLxGxRxK.shape[1] == 1:
+        return product("bgrk,bgks->bgrs", q_BxLxGxRxK[:, 0], jnp.moveaxis(k_BxSxGxK, 1, -1))[..., None, :]
+    return product("blgrk,bsgk->bgrls", q_BxLxGxRxK, k_BxSxGxK)
+
+
+def _weighted(p_BxGxRxLxS: Array, v_BxSxGxK: Array) -> Array:
+    """[B, L, G, R, K]; for a single query as in `_scores`."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if p_BxGxRxLxS.shape[3] == 1:
+        return product("bgrs,bgsk->bgrk", p_BxGxRxLxS[:, :, :, 0], jnp.moveaxis(v_BxSxGxK, 1, 2))[:, None]
+    return product("bgrls,bsgk->blgrk", p_BxGxRxLxS, v_BxSxGxK)
 
 
 def probabilities(
@@ -52,7 +70,7 @@ def probabilities(
     groups = k_BxSxGxK.shape[2]
     mask = complete(mask, q_BxLxHxK.shape, k_BxSxGxK.shape)
     q = q_BxLxHxK.reshape(batch, n_queries, groups, heads // groups, width)
-    s = jnp.einsum("blgrk,bsgk->bgrls", q, k_BxSxGxK, preferred_element_type=jnp.float32) * scale
+    s = _scores(q, k_BxSxGxK) * scale
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
     allowed = jnp.broadcast_to(allowed_BxLxS(mask, n_queries, s.shape[-1], batch)[:, None, None], s.shape)
