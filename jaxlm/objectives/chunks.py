@@ -16,7 +16,7 @@ from jaxlm.nn.kernels.matmul import outer
 from jaxlm.types import Array, Head
 
 CHUNK = {"cpu": 256}
-"""Rows of logits at a time and device, by platlayout. CPU's is measured: 512 to 128 differ by 6 % either way with the
+"""Rows of logits at a time and device, by platform. CPU's is measured: 512 to 128 differ by 6 % either way with the
 vocabulary. Elsewhere it is `LONG_CHUNK`, because each chunk also reads and writes the whole gradient of the head."""
 
 LONG_CHUNK = 2048
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
 
 def chunk_rows() -> int:
-    """Rows of logits that each device makes at a time on this platlayout."""
+    """Rows of logits that each device makes at a time on this platform."""
     return CHUNK.get(jax.default_backend(), LONG_CHUNK)
 
 

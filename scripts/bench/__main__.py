@@ -30,12 +30,15 @@ SWEEPS = {
     "generate": [{"rows": 1}, {"rows": 8}],
 }
 """Options that a case is repeated with."""
+APART: dict[str, list[list[str]]] = {"comm": [[]], "moe": [["cost"], ["kernels"], ["peers"]]}
+"""Cases that are programs of their own, and the arguments of each of their parts."""
+
 GPU = {"train": {"size": "1b", "dtype": "bfloat16"}, "attention": {"dtype": "bfloat16"},
        "lora": {"size": "7b", "dtype": "bfloat16"}, "generate": {"size": "7b", "dtype": "bfloat16"}}  # fmt: skip
 
 
 @click.command()
-@click.argument("case", type=click.Choice([*CASES, "comm", "all"]))
+@click.argument("case", type=click.Choice([*CASES, *APART, "all"]))
 @click.option("--size", type=click.Choice(list(SHAPES)), default="small", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Cores that each side gets.")
@@ -58,9 +61,10 @@ def main(case: str, sides: str | None, pairs: int, gpu: bool, force: bool, save:
 
     Example: python -m scripts.bench train --size small --threads 1 --clock cpu
     """
-    for name in [*CASES, "comm"] if case == "all" else [case]:
-        if name == "comm":
-            subprocess.run([sys.executable, "-m", "scripts.bench.comm"], check=True)
+    for name in [*CASES, *APART] if case == "all" else [case]:
+        if name in APART:
+            for part in APART[name]:
+                subprocess.run([sys.executable, "-m", f"scripts.bench.{name}", *part], check=True)
             continue
         chosen = CASES[name] if sides is None else sides.split(",")
         for extra in SWEEPS.get(name, [{}]):

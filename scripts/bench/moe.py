@@ -1,8 +1,9 @@
 """`python -m scripts.bench.moe PART`: what mixtures of experts cost and gain, beside their dense twins.
 
+kernels: that layer by each backend of the grouped product that the platform has.
 cost: a layer and a whole training step of top-2 of 8 and top-8 of 64 over their dense twins of equal active parameters,
   and over the number of experts; all in one process, in turns.
-peers: the layer of 8 experts beside transformers' Mixtral layer, in each of its implementations.
+peers: the layer beside transformers' Mixtral layer of as many experts, in each of its implementations.
 balance: largest over mean load from a skewed router, with the auxiliary loss, with the bias, and with neither.
 quality: bits per byte of configs/moe_8x_top2.yaml and its dense twin on the embedded corpus, over seeds.
 """
@@ -13,21 +14,42 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from scripts.bench.alternate import surroundings
+from scripts.bench.measure import torch_wait
+from scripts.bench.shapes import torch_device
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 ROOT = pathlib.Path(__file__).parents[2]
-D, TOKENS, LENGTH, WIDTH = 384, 4096, 256, 2048
-"""Width, tokens of a step, positions of a row, and width of the active feed-forward layer: the same for all."""
+
+
+class Size(NamedTuple):
+    """Width, tokens of a step, positions of a row, width of the active feed-forward layer, dtype: the same for all."""
+
+    width: int
+    tokens: int
+    length: int
+    active: int
+    dtype: str
+
+
+CPU = Size(384, 4096, 256, 2048, "float32")
+GPU = Size(2048, 16384, 2048, 8192, "bfloat16")
 
 MIXTURES = {"8 top-2": (8, 2), "64 top-8": (64, 8)}
 FLAT, MANY = (4, 8, 16, 32), 16384
 """Numbers of experts of the table over them, and its tokens: an expert's weights are copied once a product, which is
 paid for by the rows that it has."""
+
+
+def size() -> Size:
+    """What fits the platform."""
+    import jax
+
+    return CPU if jax.default_backend() == "cpu" else GPU
 
 
 def turns(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
@@ -47,14 +69,17 @@ def turns(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
 
 
 def shape(experts: int, top_k: int, layers: int = 2) -> Any:
-    """A model whose active feed-forward width is `WIDTH`; dense for no experts."""
+    """A model of this size; dense for no experts."""
     from jaxlm.nn.config import ModelConfig, MoEConfig
 
-    moe = MoEConfig(experts=experts, top_k=top_k, d_ff=WIDTH // top_k) if experts else None
-    return ModelConfig(d_model=D, n_layers=layers, n_heads=6, d_ff=WIDTH, vocab_size=1024, max_length=LENGTH, moe=moe)
+    width, _, length, active, _ = size()
+    moe = MoEConfig(experts=experts, top_k=top_k, d_ff=active // top_k) if experts else None
+    return ModelConfig(
+        d_model=width, n_layers=layers, n_heads=width // 64, d_ff=active, vocab_size=1024, max_length=length, moe=moe
+    )
 
 
-def layer(cfg: Any, tokens: int = TOKENS) -> Callable[[], Any]:
+def layer(cfg: Any, tokens: int | None = None, backend: Any = None) -> Callable[[], Any]:
     """Forward and backward of one feed-forward branch, its norm included."""
     import jax
 
@@ -62,9 +87,11 @@ def layer(cfg: Any, tokens: int = TOKENS) -> Callable[[], Any]:
     from jaxlm.nn.mlp import Mlp
     from jaxlm.nn.moe import MoE
 
-    module = Mlp(cfg) if cfg.moe is None else MoE(cfg, Compute())
+    width, default, length, _, dtype = size()
+    module = Mlp(cfg) if cfg.moe is None else MoE(cfg, Compute(grouped=backend))
     keys = jax.random.split(jax.random.key(0), 3)
-    x, dy = (jax.random.normal(key, (tokens // LENGTH, LENGTH, D)) for key in keys[:2])
+    shape = ((tokens or default) // length, length, width)
+    x, dy = (jax.random.normal(key, shape, jax.numpy.dtype(dtype)) for key in keys[:2])
     params = jax.jit(module.init)(keys[2], x)["params"]
 
     def apply(params: Any, x: Any) -> Any:
@@ -96,16 +123,17 @@ def step(cfg: Any) -> Callable[[], Any]:
     params, settings = transformer.init(cfg, jax.random.key(0)), OptimizerConfig()
     recipe = Recipe(
         objective=next_token(NextTokenConfig()),
-        apply=functools.partial(transformer.apply, cfg, compute=Compute(scan=False)),
+        apply=functools.partial(transformer.apply, cfg, compute=Compute(dtype=size().dtype, scan=False)),
         optimizer=chain.make(settings, cfg, params, 1000),
         schedule=schedules.make(settings, 1000),
         extra=balance.extra(cfg),
     )
-    rows = (TOKENS // LENGTH, LENGTH)
+    _, count, length, _, _ = size()
+    rows = (count // length, length)
     tokens = jax.random.randint(jax.random.key(1), rows, 0, cfg.V, jnp.int32)
     ones = jnp.ones(rows, jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "mask": ones.astype(jnp.float32), "segments": ones,
-             "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), rows)}  # fmt: skip
+             "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), rows)}  # fmt: skip
     held = [jax.jit(functools.partial(init_state, recipe))(params)]
     compiled = jax.jit(functools.partial(train_step, recipe), donate_argnums=0).lower(held[0], {}, batch).compile()
 
@@ -118,7 +146,7 @@ def step(cfg: Any) -> Callable[[], Any]:
 
 def cost(rounds: int) -> dict[str, Any]:
     """Ratios to the dense twin of layers and steps."""
-    found: dict[str, Any] = {"shape": {"d_model": D, "tokens": TOKENS, "active d_ff": WIDTH, "layers of a step": 2}}
+    found: dict[str, Any] = {"size": size()._asdict(), "layers of a step": 2}
     mixtures = {"dense": (0, 0)} | MIXTURES
     flat = {"dense": (0, 0)} | {f"{e} top-2": (e, 2) for e in FLAT}
     for name, make, sizes in (
@@ -134,36 +162,69 @@ def cost(rounds: int) -> dict[str, Any]:
     return found
 
 
+def kernels(rounds: int) -> dict[str, Any]:
+    """The layer by each backend that does no more than the chosen experts' work here, or hides how it does it."""
+    from jaxlm.nn.kernels.grouped_matmul import choose
+
+    own = {"blocks", "ragged"} if size() is CPU else {"pallas", "ragged"}
+    cases = {"dense": layer(shape(0, 0))} | {
+        f"{name}, {backend}": layer(shape(*mixture), backend=backend)
+        for name, mixture in MIXTURES.items()
+        for backend in sorted(own)
+    }
+    times = turns(cases, rounds)
+    return {"chosen": choose(), "size": size()._asdict(), "layer": times, "TFLOP/s": rates(times)}
+
+
+def rates(times: dict[str, dict[str, float]]) -> dict[str, float]:
+    """TFLOP/s of the products of active experts, forward and backward: 18 * tokens * width * active width."""
+    width, tokens, _, active, _ = size()
+    return {name: 18 * tokens * width * active / found["wall"] / 1e12 for name, found in times.items()}
+
+
 def peers(rounds: int) -> dict[str, Any]:
-    """transformers' Mixtral layer at the shape of `8 top-2`, forward and backward, each with the norm before it."""
+    """transformers' Mixtral layer at the shapes of `MIXTURES`, forward and backward, each with the norm before it."""
+    found: dict[str, Any] = {"size": size()._asdict()}
+    for name, (experts, top_k) in MIXTURES.items():
+        cases = {"jaxlm": layer(shape(experts, top_k))}
+        cases |= {f"transformers {how}": mixtral(experts, top_k, how) for how in ("eager", "grouped_mm")}
+        times = turns(cases, rounds)
+        found[name] = times
+        for clock in ("wall", "cpu"):
+            ratios = {case: t[clock] / times["jaxlm"][clock] for case, t in times.items()}
+            found[f"{name}, transformers over jaxlm, {clock}"] = ratios
+    return found
+
+
+def mixtral(experts: int, top_k: int, implementation: str) -> Callable[[], Any]:
+    """Forward and backward of transformers' layer."""
     import torch
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralSparseMoeBlock
 
-    cases: dict[str, Callable[[], Any]] = {"jaxlm": layer(shape(8, 2))}
-    for implementation in ("eager", "grouped_mm"):
-        config = MixtralConfig(hidden_size=D, intermediate_size=WIDTH // 2, num_local_experts=8, num_experts_per_tok=2)
-        config._experts_implementation = implementation
-        block = torch.nn.Sequential(MixtralRMSNorm(D, 1e-5), MixtralSparseMoeBlock(config))
-        for parameter in block.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.05)
-        x, dy = (torch.randn(TOKENS // LENGTH, LENGTH, D) for _ in range(2))
-        x.requires_grad_()
+    width, tokens, length, active, dtype = size()
+    sizes = {"hidden_size": width, "intermediate_size": active // top_k}
+    config = MixtralConfig(**sizes, num_local_experts=experts, num_experts_per_tok=top_k)
+    config._experts_implementation = implementation
+    block = torch.nn.Sequential(MixtralRMSNorm(width, 1e-5), MixtralSparseMoeBlock(config))
+    for parameter in block.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    block = block.to(torch_device(), getattr(torch, dtype))
+    x, dy = (
+        torch.randn(tokens // length, length, width, device=torch_device(), dtype=getattr(torch, dtype))
+        for _ in range(2)
+    )
+    x.requires_grad_()
 
-        def call(block: Any = block, x: Any = x, dy: Any = dy) -> Any:
-            block.zero_grad(set_to_none=True)
-            x.grad = None
-            y = block(x)
-            (y[0] if isinstance(y, tuple) else y).backward(dy)
-            return 0
+    def call() -> Any:
+        block.zero_grad(set_to_none=True)
+        x.grad = None
+        y = block(x)
+        (y[0] if isinstance(y, tuple) else y).backward(dy)
+        return torch_wait(0)
 
-        cases[f"transformers {implementation}"] = call
-    times = turns(cases, rounds)
-    return {"layer": times} | {
-        f"transformers over jaxlm, {clock}": {n: t[clock] / times["jaxlm"][clock] for n, t in times.items()}
-        for clock in ("wall", "cpu")
-    }
+    return call
 
 
 def skewed(balance_: str, steps: int) -> list[float]:
@@ -235,7 +296,7 @@ def quality(steps: int, seeds: int, width: int, overrides: tuple[str, ...]) -> d
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["cost", "peers", "balance", "quality"]))
+@click.argument("part", type=click.Choice(["cost", "kernels", "peers", "balance", "quality"]))
 @click.argument("overrides", nargs=-1)
 @click.option("--rounds", default=7, show_default=True, help="Turns of each case.")
 @click.option("--steps", default=300, show_default=True, help="Steps of balance and quality.")
@@ -244,8 +305,14 @@ def quality(steps: int, seeds: int, width: int, overrides: tuple[str, ...]) -> d
 @click.option("--save", is_flag=True, help="Keep the result in scripts/bench/results/.")
 def main(part: str, rounds: int, steps: int, seeds: int, width: int, overrides: tuple[str, ...], save: bool) -> None:
     """Measure one part and print it as JSON."""
-    result = {"cost": lambda: cost(rounds), "peers": lambda: peers(rounds), "balance": lambda: balances(steps),
-              "quality": lambda: quality(steps, seeds, width, overrides)}[part]()  # fmt: skip
+    parts = {
+        "cost": lambda: cost(rounds),
+        "kernels": lambda: kernels(rounds),
+        "peers": lambda: peers(rounds),
+        "balance": lambda: balances(steps),
+        "quality": lambda: quality(steps, seeds, width, overrides),
+    }
+    result = parts[part]()
     text = json.dumps({"part": part} | result | {"environment": surroundings()}, indent=1)
     click.echo(text)
     if save:
