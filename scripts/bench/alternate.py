@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,9 +29,8 @@ def run_side(case: str, side: str, options: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "scripts.bench.worker", case, side, json.dumps(options)]
     done = subprocess.run(command, env=environment(options), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"{case} {side}: {done.stderr.strip().splitlines()[-1:] or 'failed'}; run it alone: {command}"
-        )
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        raise RuntimeError(f"{case} {side}: {errors[-1] if errors else 'failed'}; run it alone: {shlex.join(command)}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -10,11 +10,15 @@ Options = dict[str, Any]
 
 
 def shape_of(options: Options) -> Shape:
-    """The chosen shape, with what the options change."""
+    """The chosen shape, with what the options change; another width has heads of 64 and a hidden width to match."""
     import dataclasses
 
     names = ("width", "layers", "rows", "length", "vocabulary")
-    return dataclasses.replace(SHAPES[options["size"]], **{n: options[n] for n in names if n in options})
+    changed = {n: options[n] for n in names if n in options}
+    if "width" in changed:
+        heads = changed["width"] // 64
+        changed |= {"heads": heads, "kv_heads": heads, "hidden": 64 * round(changed["width"] / 24)}
+    return dataclasses.replace(SHAPES[options["size"]], **changed)
 
 
 def jaxlm(options: Options) -> dict[str, Any]:
