@@ -163,10 +163,10 @@ def cost(rounds: int) -> dict[str, Any]:
 
 
 def kernels(rounds: int) -> dict[str, Any]:
-    """The layer by each backend that does no more than the chosen experts' work here, or hides how it does it."""
+    """The layer by the backends of this platform; on CPU `ragged` is left out, which does the work of all experts."""
     from jaxlm.nn.kernels.grouped_matmul import choose
 
-    own = {"blocks", "ragged"} if size() is CPU else {"pallas", "ragged"}
+    own = {"blocks"} if size() is CPU else {"pallas", "ragged"}
     cases = {"dense": layer(shape(0, 0))} | {
         f"{name}, {backend}": layer(shape(*mixture), backend=backend)
         for name, mixture in MIXTURES.items()
