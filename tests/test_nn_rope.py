@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from jaxlm.interop.hf import read_config
+from jaxlm.nn import rope
 from jaxlm.nn.config import RopeConfig
 from jaxlm.nn.rope import inverse_frequencies, rotate, tables
 
@@ -119,3 +120,18 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32():
 def test_incomplete_settings_name_the_field(rope, field):
     with pytest.raises(ValueError, match=rf"model\.rope\.{field}"):
         inverse_frequencies(rope, WIDTH, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("positions", [[[0, 1, 2], [5, 6, 70]], [[-3, 0, 2]], np.zeros((0, 3))])
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
+def test_tables_of_one_cpu_device_are_the_same(positions, kind, monkeypatch):
+    """There they come out of a loop, whatever the positions are."""
+    settings = RopeConfig(kind=kind, factor=2.0)
+    found = []
+    for one in (False, True):
+        monkeypatch.setattr(rope, "one_cpu_device", lambda one=one: one)
+        made = jax.jit(lambda p: tables(settings, 8, 16, p, 40))(jnp.asarray(positions, jnp.int32))
+        found.append(jax.device_get(made))
+    for got, wanted in zip(*found, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+        assert got.shape == (*np.shape(positions), 4) and (not got.size or np.any(got))

@@ -31,7 +31,6 @@ class Cache(NamedTuple):
 
 def empty(cfg: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
     """A cache for `rows` sequences of at most `length` tokens."""
-
     lead = tuple(n for n in (rows, cfg.G) if n > 1)
 
     def zeros(*shape: int) -> tuple[Array, ...]:

@@ -7,7 +7,7 @@ panels beforehand, each of which stays in a core's cache while it is laid out, t
 
 import dataclasses
 import functools
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,6 @@ class Panels:
     @property
     def dtype(self) -> Any:
         return self.values.dtype
-
-
-def is_panels(x: Any) -> TypeGuard[Panels]:
-    """For `is_leaf`."""
-    return isinstance(x, Panels)
 
 
 def panels(w_DxF: Array) -> Panels:
